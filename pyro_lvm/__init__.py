@@ -1,0 +1,30 @@
+"""Latent variable models as Pyro programs: declare, fit with any ELBO, know how good the fit is, look in ArviZ."""
+
+from __future__ import annotations
+
+from pyro_lvm import priors
+from pyro_lvm.criticism.compare import compare_elbos
+from pyro_lvm.criticism.evidence import log_evidence
+from pyro_lvm.errors import NonFiniteError, ProgramError
+from pyro_lvm.inference.early_stopping import EarlyStopping
+from pyro_lvm.inference.fit import fit
+from pyro_lvm.inference.record import Fit
+from pyro_lvm.models.factor_analysis import FactorAnalysis
+from pyro_lvm.models.ppca import PPCA
+from pyro_lvm.posterior import Posterior
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PPCA",
+    "EarlyStopping",
+    "FactorAnalysis",
+    "Fit",
+    "NonFiniteError",
+    "Posterior",
+    "ProgramError",
+    "compare_elbos",
+    "fit",
+    "log_evidence",
+    "priors",
+]

@@ -1,0 +1,210 @@
+r"""The evidence of the data, exact where it has a closed form, else importance-weighted.
+
+.. math:: \log p(x_i) = \log E_q\!\left[\frac{p(x_i, z)}{q(z \mid x_i)}\right]
+          \approx \log \frac1K \sum_{k=1}^K w_{ik}, \qquad z_k \sim q(z \mid x_i)
+
+The estimate is a lower bound in expectation that rises to the evidence with K (Burda et al., 2016,
+https://arxiv.org/abs/1509.00519).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from pyro_lvm.criticism.weights import draw_latent, local_log_weight, log_weight
+from pyro_lvm.data import Rows
+from pyro_lvm.errors import ProgramError
+from pyro_lvm.evaluation import Evaluation
+from pyro_lvm.structure import Structure
+
+__all__ = ["Evidence", "estimate_evidence", "log_evidence"]
+
+
+class Evidence(NamedTuple):
+    """The evidence and how far to trust it; every field has shape (n,).
+
+    Attributes:
+        log_evidence: log p(x_i), nats per datum.
+        standard_error: of ``log_evidence``, by the delta method; 0 where it is exact.
+        effective_sample_size: (sum w)^2 / sum w^2, of ``num_samples``; infinite where it is exact.
+    """
+
+    log_evidence: Tensor
+    standard_error: Tensor
+    effective_sample_size: Tensor
+
+
+@dataclass
+class _LogMean:
+    """Running log-mean of weights and of their squares."""
+
+    log_sum: Tensor
+    log_sum_of_squares: Tensor
+    count: int = 0
+
+    def add(self, log_weights: Tensor) -> None:
+        self.log_sum = torch.logaddexp(self.log_sum, log_weights)
+        self.log_sum_of_squares = torch.logaddexp(self.log_sum_of_squares, 2 * log_weights)
+        self.count += 1
+
+    def result(self) -> Evidence:
+        size = torch.exp(2 * self.log_sum - self.log_sum_of_squares)
+        variance = (1 / size - 1 / self.count).clamp(min=0.0)
+        return Evidence(self.log_sum - math.log(self.count), variance.sqrt(), size)
+
+
+@overload
+def log_evidence(
+    program: Any,
+    x: Any,
+    num_samples: int = ...,
+    *,
+    seed: int | None = ...,
+    method: Literal["auto", "exact", "importance"] = ...,
+    batch_size: int = ...,
+    return_diagnostics: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def log_evidence(
+    program: Any,
+    x: Any,
+    num_samples: int = ...,
+    *,
+    seed: int | None = ...,
+    method: Literal["auto", "exact", "importance"] = ...,
+    batch_size: int = ...,
+    return_diagnostics: Literal[True],
+) -> Evidence: ...
+
+
+def log_evidence(
+    program: Any,
+    x: Any,
+    num_samples: int = 1000,
+    *,
+    seed: int | None = None,
+    method: Literal["auto", "exact", "importance"] = "auto",
+    batch_size: int = 512,
+    return_diagnostics: bool = False,
+) -> Tensor | Evidence:
+    r"""log p(x) of every datum, in nats per datum.
+
+    .. math:: \log p(x_i) \approx \log \frac1K \sum_{k=1}^K \frac{p(x_i, z_k)}{q(z_k \mid x_i)}
+
+    Enumerated sites are summed out exactly in every weight. A program with latent variables that all data share
+    (a posterior over parameters) has no evidence for one datum: every entry is then the joint
+    :math:`\log p(x_1, \ldots, x_n)` divided by n.
+
+    Args:
+        program: a `Fit`, or anything that `fit` takes with a guide (evaluated at its present parameters).
+        x: data as for `fit`: n rows.
+        num_samples: K, draws from the guide for each datum.
+        seed: of the draws; None for fresh ones.
+        method: "exact" by the program's ``log_prob`` or by enumeration, "importance", or "auto": exact if it can be.
+        batch_size: rows in one pass; memory only.
+        return_diagnostics: also return standard errors and effective sample sizes.
+
+    Returns:
+        Tensor of shape (n,), or an `Evidence` of three such tensors.
+
+    Raises:
+        ValueError: if ``method="exact"`` and the program has no closed form, or ``num_samples < 1``.
+
+    When it is wrong: a guide that misses a mode or has lighter tails than the posterior gives too low a number with
+    a small standard error. An effective sample size of a few says so; a large one does not prove the contrary.
+
+    Example:
+        >>> import torch, pyro_lvm as lvm
+        >>> ppca = lvm.PPCA(num_features=3, latent_dim=1)
+        >>> x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+        >>> bool(torch.allclose(lvm.log_evidence(ppca, x), ppca.log_prob(x)))
+        True
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}: the estimate needs at least 1")
+    if method not in ("auto", "exact", "importance"):
+        raise ValueError(f"method={method!r} is not known: use 'auto', 'exact' or 'importance'")
+    evaluation = Evaluation.of(program, x)
+    with evaluation.running(seed):
+        evidence = estimate_evidence(evaluation, num_samples, method, batch_size)
+    return evidence if return_diagnostics else evidence.log_evidence
+
+
+def estimate_evidence(evaluation: Evaluation, num_samples: int, method: str, batch_size: int) -> Evidence:
+    """`log_evidence` for a caller that has set up random state and parameters."""
+    structure, rows = evaluation.structure, evaluation.rows
+    if method != "importance":
+        exact = _exact(evaluation, batch_size)
+        if exact is not None:
+            return Evidence(exact, torch.zeros_like(exact), torch.full_like(exact, torch.inf))
+        if method == "exact":
+            raise ValueError(
+                f"{evaluation.bound.program.name} has no closed-form evidence: it has sampled latent sites and no "
+                "log_prob method. Use method='importance'"
+            )
+    if structure.global_latent:
+        return _joint(evaluation, num_samples)
+    return _per_datum(evaluation, num_samples, batch_size)
+
+
+def _exact(evaluation: Evaluation, batch_size: int) -> Tensor | None:
+    structure = evaluation.structure
+    if structure.global_latent:
+        return None
+    if not _sampled(structure):
+        return _per_datum(evaluation, 1, batch_size).log_evidence
+    log_prob = evaluation.bound.program.hook("log_prob")
+    if log_prob is None:
+        return None
+    with torch.no_grad():
+        return torch.cat([log_prob(*b.args, **b.kwargs) for b in evaluation.rows.batches(batch_size)])
+
+
+def _sampled(structure: Structure) -> bool:
+    """Whether anything is drawn, so that one pass is not the whole truth."""
+    listed = {site.name for site in (*structure.enumerated_in_model, *structure.enumerated_in_guide)}
+    return any(site.name not in listed for site in structure.latent)
+
+
+def _per_datum(evaluation: Evaluation, num_samples: int, batch_size: int) -> Evidence:
+    structure = evaluation.structure
+    results = []
+    for batch in evaluation.rows.batches(batch_size):
+        mean: _LogMean | None = None
+        for _ in range(num_samples):
+            weight = local_log_weight(draw_latent(evaluation.bound, structure, batch), structure.data_plate)
+            mean = mean or _LogMean(torch.full_like(weight, -torch.inf), torch.full_like(weight, -torch.inf))
+            mean.add(weight)
+        if mean is not None:
+            results.append(mean.result())
+    return Evidence(*(torch.cat(column) for column in zip(*results, strict=True)))
+
+
+def _joint(evaluation: Evaluation, num_samples: int) -> Evidence:
+    batch = _whole(evaluation.rows)
+    start = torch.full((), -torch.inf, dtype=torch.float64)
+    mean = _LogMean(start, start.clone())
+    for _ in range(num_samples):
+        mean.add(log_weight(draw_latent(evaluation.bound, evaluation.structure, batch)).double())
+    joint = mean.result()
+    n = evaluation.rows.size
+    return Evidence(
+        (joint.log_evidence / n).expand(n).clone(),
+        (joint.standard_error / n).expand(n).clone(),
+        joint.effective_sample_size.expand(n).clone(),
+    )
+
+
+def _whole(rows: Rows) -> Any:
+    if rows.loader is not None:
+        raise ProgramError(
+            "a program with latent variables that all data share needs all rows in one batch: pass arrays, not a loader"
+        )
+    return rows.whole()

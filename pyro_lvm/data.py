@@ -1,0 +1,281 @@
+"""Rows: whatever holds the data, seen as batches of the arguments that a program takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+__all__ = ["Batch", "Rows", "as_rows"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one call: data by position and by name, and what the batch is of the whole.
+
+    Attributes:
+        args: data arguments by position, each with ``len(self)`` rows.
+        kwargs: data arguments by name.
+        size: rows in the whole data set.
+        index: row numbers, shape (batch,); None where a `DataLoader` hides them.
+        weight: row weights of a stratified batch, shape (batch,), or None.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    size: int
+    index: Tensor | None
+    weight: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter((*self.args, *self.kwargs.values()))))
+
+    def named(self) -> dict[str, Any]:
+        """All keywords of the call: the data's and the batch's own."""
+        return {**self.kwargs, "size": self.size, "index": self.index, "weight": self.weight}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The data arguments by name; positional ones are called ``data[0]``, ``data[1]``, ..."""
+        positional = {_position(i, len(self.args)): value for i, value in enumerate(self.args)}
+        return {**positional, **self.kwargs}
+
+
+def _position(i: int, count: int) -> str:
+    return "data" if count == 1 else f"data[{i}]"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Data seen as rows. Arrays are indexed; a `Dataset` is collated; a `DataLoader` is walked as it is.
+
+    Attributes:
+        args: arrays (tensor, ndarray, memmap, or any object with ``len`` and ``x[rows] -> tensor``) by position.
+        kwargs: arrays by name.
+        dataset: a map-style dataset, instead of arrays.
+        loader: a loader, instead of arrays.
+        size: number of rows.
+        dtype: floating data are cast to it; None keeps each array's own.
+        device: where batches are sent.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dataset: Dataset[Any] | None = None
+    loader: DataLoader[Any] | None = None
+    size: int = 0
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def take(self, index: Tensor, weight: Tensor | None = None) -> Batch:
+        """The batch of the rows ``index``, shape (batch,)."""
+        if self.loader is not None:
+            raise ValueError("a DataLoader cannot be asked for rows: pass its dataset, or the arrays themselves")
+        if self.dataset is not None:
+            args, kwargs = _split(default_collate([self.dataset[int(i)] for i in index]))
+        else:
+            args = tuple(_rows_of(array, index) for array in self.args)
+            kwargs = {name: _rows_of(array, index) for name, array in self.kwargs.items()}
+        return self._batch(args, kwargs, index, weight)
+
+    def batches(self, batch_size: int | None) -> Iterator[Batch]:
+        """All rows in their own order, ``batch_size`` at a time (None: all at once)."""
+        if self.loader is not None:
+            for item in self.loader:
+                yield self._batch(*_split(item), None, None)
+            return
+        for start in range(0, self.size, batch_size or self.size):
+            yield self.take(torch.arange(start, min(start + (batch_size or self.size), self.size)))
+
+    def first(self, count: int) -> Batch:
+        """The first batch: ``count`` rows, or what a loader's first batch holds."""
+        if self.loader is not None:
+            return next(self.batches(None))
+        return self.take(torch.arange(min(count, self.size)))
+
+    def whole(self) -> Batch:
+        """Every row in one batch."""
+        if self.loader is None:
+            return self.take(torch.arange(self.size))
+        parts = list(self.batches(None))
+        args = tuple(torch.cat(column) for column in zip(*(part.args for part in parts), strict=True))
+        kwargs = {name: torch.cat([part.kwargs[name] for part in parts]) for name in parts[0].kwargs}
+        return Batch(args, kwargs, self.size, None)
+
+    def like(self, reference: Tensor | None) -> Rows:
+        """The same rows, sent to the device and cast to the floating dtype of ``reference``."""
+        if reference is None or not reference.is_floating_point():
+            return self
+        return replace(self, dtype=reference.dtype, device=reference.device)
+
+    def redrawn(self, epoch: int, seed: int) -> Rows:
+        """The rows as epoch ``epoch`` sees them: arrays with a ``redraw(epoch, seed)`` method are redrawn."""
+        if not any(hasattr(array, "redraw") for array in (*self.args, *self.kwargs.values())):
+            return self
+
+        def draw(array: Any) -> Any:
+            return array.redraw(epoch, seed) if hasattr(array, "redraw") else array
+
+        args = tuple(draw(array) for array in self.args)
+        return replace(self, args=args, kwargs={name: draw(array) for name, array in self.kwargs.items()})
+
+    def split(self, fraction: float, generator: torch.Generator) -> tuple[Rows, Rows]:
+        """Two parts at random, the second with ``fraction`` of the rows."""
+        if self.loader is not None:
+            raise ValueError("validation=<fraction> needs rows that can be indexed: pass the DataLoader's dataset")
+        held_out = round(self.size * fraction)
+        if not 0 < held_out < self.size:
+            raise ValueError(
+                f"validation={fraction} of {self.size} rows leaves {held_out} to validate on and "
+                f"{self.size - held_out} to train on: choose a fraction that gives both some"
+            )
+        order = torch.randperm(self.size, generator=generator)
+        return self._subset(order[held_out:]), self._subset(order[:held_out])
+
+    def _subset(self, index: Tensor) -> Rows:
+        if self.dataset is not None:
+            return replace(self, dataset=Subset(self.dataset, index.tolist()), size=len(index))
+
+        def part(array: Any) -> Any:
+            return _Part(array, index) if _is_lazy(array) else _rows_of(array, index)
+
+        args = tuple(part(array) for array in self.args)
+        return replace(self, args=args, kwargs={k: part(v) for k, v in self.kwargs.items()}, size=len(index))
+
+    def _batch(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], index: Tensor | None, weight: Tensor | None
+    ) -> Batch:
+        place = self._placed
+        return Batch(
+            tuple(place(value) for value in args),
+            {name: place(value) for name, value in kwargs.items()},
+            self.size,
+            None if index is None else index.to(self.device),
+            None if weight is None else place(weight),
+        )
+
+    def _placed(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device=self.device, dtype=self.dtype if value.is_floating_point() else None)
+
+
+class _Part:
+    """Some rows of an array that draws its values anew each epoch, or lies on disk."""
+
+    def __init__(self, array: Any, index: Tensor) -> None:
+        self.array, self.index = array, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        return _rows_of(self.array, self.index[rows])
+
+    def redraw(self, epoch: int, seed: int) -> _Part:
+        return _Part(self.array.redraw(epoch, seed), self.index) if hasattr(self.array, "redraw") else self
+
+
+def _is_lazy(array: Any) -> bool:
+    return not isinstance(array, Tensor | np.ndarray) or isinstance(array, np.memmap)
+
+
+def _rows_of(array: Any, index: Tensor) -> Tensor:
+    if isinstance(array, Tensor):
+        return array[index.to(array.device)]
+    if isinstance(array, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(array[index.numpy()]))
+    rows: Tensor = array[index]
+    return rows
+
+
+def _split(item: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if isinstance(item, Mapping):
+        return (), item
+    if isinstance(item, Sequence) and not isinstance(item, str):
+        return tuple(item), {}
+    return (item,), {}
+
+
+def as_rows(data: Any, argument: str = "data") -> Rows:
+    """See ``data`` as rows.
+
+    Args:
+        data: a tensor, ndarray or memmap; a tuple (positional arguments) or dict (keyword arguments) of them;
+            a map-style `Dataset`; a `DataLoader`; any object with ``len`` and ``x[rows]`` giving tensors.
+        argument: what the caller calls it, for error messages.
+
+    Raises:
+        TypeError: if it is none of these.
+        ValueError: if there are no rows, the arrays disagree about their number, or a value is NaN or infinite.
+    """
+    if isinstance(data, Rows):
+        return data
+    if isinstance(data, DataLoader):
+        return Rows(loader=data, size=_at_least_one(_length_of_dataset(data), argument))
+    if isinstance(data, Dataset):
+        if not hasattr(data, "__len__"):
+            raise TypeError(f"{argument} is a Dataset without a length: wrap it in a map-style Dataset with __len__")
+        return Rows(dataset=data, size=_at_least_one(len(data), argument))
+    args: tuple[Any, ...] = data if isinstance(data, tuple) else () if isinstance(data, Mapping) else (data,)
+    kwargs: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
+    named = {f"{argument}[{i}]" if len(args) > 1 else argument: array for i, array in enumerate(args)}
+    named |= {f"{argument}[{name!r}]": array for name, array in kwargs.items()}
+    if not named:
+        raise ValueError(f"{argument} holds no arrays: pass at least one tensor with the data in its rows")
+    lengths = {name: _length(array, name) for name, array in named.items()}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ValueError(f"all arrays of {argument} must have the same number of rows, but {counts}")
+    for name, array in named.items():
+        _refuse_non_finite(array, name)
+    return Rows(args, kwargs, size=_at_least_one(next(iter(lengths.values())), argument))
+
+
+def _length_of_dataset(loader: DataLoader[Any]) -> int:
+    try:
+        return len(loader.dataset)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError("the DataLoader's dataset has no length: give it a map-style Dataset with __len__") from None
+
+
+def _length(array: Any, name: str) -> int:
+    indexable = isinstance(array, Tensor | np.ndarray) or (hasattr(array, "__len__") and hasattr(array, "__getitem__"))
+    if not indexable or isinstance(array, list | str):
+        raise TypeError(f"{name} is a {type(array).__name__}: pass a tensor or an array, e.g. torch.as_tensor({name})")
+    if isinstance(array, Tensor | np.ndarray) and array.ndim == 0:
+        raise ValueError(f"{name} is a single number of shape (): pass an array with one row per datum")
+    if isinstance(array, np.ndarray) and array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} has dtype {array.dtype}: pass numbers, e.g. {name}.astype('float32')")
+    return len(array)
+
+
+def _at_least_one(size: int, argument: str) -> int:
+    if size < 1:
+        raise ValueError(f"{argument} has no rows: pass at least one datum")
+    return size
+
+
+def _refuse_non_finite(array: Any, name: str, rows_at_once: int = 4096) -> None:
+    if isinstance(array, Tensor | np.ndarray):
+        floating = array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
+        if not floating:
+            return
+        for start in range(0, len(array), rows_at_once):
+            block = torch.as_tensor(np.asarray(array[start : start + rows_at_once]) if _is_lazy(array) else array[start : start + rows_at_once])
+            finite = torch.isfinite(block).flatten(1).all(-1) if block.dim() > 1 else torch.isfinite(block)
+            if not bool(finite.all()):
+                row = start + int((~finite).nonzero()[0])
+                kind = "NaN" if bool(torch.isnan(block).any()) else "infinite"
+                count = int((~torch.isfinite(block)).sum())
+                raise ValueError(
+                    f"{name} holds {kind} values ({count} in rows {start} to {start + len(block) - 1}, the first in "
+                    f"row {row}): drop or impute those rows before fitting"
+                )

@@ -1,0 +1,151 @@
+"""Any Pyro ELBO as the estimator of one fit: a fresh copy, one way to take a step, and the choice of a default."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+
+from pyro_lvm.data import Batch
+from pyro_lvm.elbo.terms import Terms, closed_form_kl, read_terms, watch_factors
+from pyro_lvm.parameters import BoundProgram
+from pyro_lvm.structure import Structure
+
+__all__ = ["Estimator", "make_estimator"]
+
+
+class Estimator:
+    """A Pyro ELBO made ready for one program: its own copy, its plate nesting set, its traces kept for the parts.
+
+    Attributes:
+        elbo: the copy.
+        reason: why this estimator; says so when it was chosen and not given.
+    """
+
+    def __init__(self, elbo: ELBO, structure: Structure, reason: str) -> None:
+        self.elbo: Any = copy.copy(elbo)  # an ELBO caches what it learns about its first program
+        self.reason = reason
+        vectorized = bool(self.elbo.vectorize_particles and self.elbo.num_particles > 1)
+        self.elbo.max_plate_nesting = structure.max_plate_nesting + int(vectorized)
+        self._traces: list[tuple[Any, Any]] = []
+        self._trace_once = self.elbo._get_trace
+        self.elbo._get_trace = self._keep_trace
+
+    def __repr__(self) -> str:
+        shown = [f"num_particles={self.elbo.num_particles}"] if self.elbo.num_particles > 1 else []
+        shown += [f"alpha={self.elbo.alpha}"] if hasattr(self.elbo, "alpha") else []
+        return f"{type(self.elbo).__name__}({', '.join(shown)})"
+
+    def _keep_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        pair = self._trace_once(model, guide, args, kwargs)
+        if isinstance(self.elbo, TraceEnum_ELBO):
+            watch_factors(*pair)
+        self._traces.append(pair)
+        return pair  # type: ignore[no-any-return]
+
+    def step(
+        self, bound: BoundProgram, batch: Batch, parameters: list[nn.Parameter], extra: Tensor | None, size: int
+    ) -> tuple[Tensor, Terms]:
+        """Leave the gradient of the loss per datum (plus ``extra``) in the parameters.
+
+        Args:
+            bound: the program and its parameters.
+            batch: the data.
+            parameters: what is trained.
+            extra: a further loss, nats per datum, or None.
+            size: rows in the whole data set.
+
+        Returns:
+            The estimator's own loss, nats of the whole data set, and the plain bound's parts.
+        """
+        model, guide, arguments = bound.model, bound.guide, batch.named()
+        self._traces.clear()
+        differentiable: Tensor | None = None
+        if isinstance(self.elbo, TraceGraph_ELBO):
+            loss, differentiable = self.elbo._loss_and_surrogate_loss(model, guide, batch.args, arguments)
+        elif hasattr(self.elbo, "differentiable_loss"):
+            loss = differentiable = self.elbo.differentiable_loss(model, guide, *batch.args, **arguments)
+        else:  # RenyiELBO takes its own gradients, where its traces show a parameter
+            loss = self.elbo.loss_and_grads(_marked(model), guide, *batch.args, **arguments)
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(size)
+        terms = read_terms(self.elbo, self._traces, loss if isinstance(loss, Tensor) else None)
+        if differentiable is not None:
+            per_datum = differentiable / size
+            extra = per_datum if extra is None else per_datum + extra
+        if extra is not None:
+            extra.backward()  # type: ignore[no-untyped-call]
+        self._traces.clear()
+        return torch.as_tensor(loss).detach(), terms.map(Tensor.detach)
+
+    def evaluate(self, bound: BoundProgram, batch: Batch) -> tuple[Tensor, Terms]:
+        """The loss and the plain bound's parts on ``batch``, leaving every gradient alone."""
+        self._traces.clear()
+        if isinstance(self.elbo, TraceEnum_ELBO):  # its parts are gradients
+            with torch.enable_grad():
+                loss = self.elbo.differentiable_loss(bound.model, bound.guide, *batch.args, **batch.named())
+        else:
+            with torch.no_grad():
+                loss = self.elbo.loss(bound.model, bound.guide, *batch.args, **batch.named())
+        terms = read_terms(self.elbo, self._traces, loss if isinstance(loss, Tensor) else None)
+        self._traces.clear()
+        return torch.as_tensor(loss).detach(), terms.map(Tensor.detach)
+
+
+def _marked(model: Any) -> Any:
+    """``model`` with one parameter statement, the sign by which Pyro decides whether there is anything to train."""
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        effectful(lambda *_, **__: torch.zeros(()), type="param")("_pyro_lvm", name="_pyro_lvm")
+        return model(*args, **kwargs)
+
+    return marked
+
+
+def make_estimator(elbo: ELBO | type[ELBO] | None, structure: Structure) -> Estimator:
+    """The estimator that ``elbo`` asks for, or the one that suits ``structure`` when it is None.
+
+    Raises:
+        TypeError: if ``elbo`` is not a Pyro ELBO, an ELBO class, or None.
+    """
+    if elbo is None:
+        return _chosen(structure)
+    if inspect.isclass(elbo) and issubclass(elbo, ELBO):
+        return Estimator(elbo(), structure, "given")
+    if isinstance(elbo, ELBO):
+        return Estimator(elbo, structure, "given")
+    raise TypeError(f"elbo must be a Pyro ELBO such as Trace_ELBO(), a class of them, or None; got {elbo!r}")
+
+
+def plain_estimator(structure: Structure) -> Estimator:
+    """The estimator of the plain bound with the least noise that ``structure`` allows."""
+    return _chosen(structure)
+
+
+def _chosen(structure: Structure) -> Estimator:
+    enumerated = [s.name for s in (*structure.enumerated_in_model, *structure.enumerated_in_guide)]
+    if enumerated:
+        why = f"chosen because {', '.join(enumerated)} is discrete and enumerated"
+        return Estimator(TraceEnum_ELBO(strict_enumeration_warning=False), structure, why)
+    if not structure.latent:
+        return Estimator(Trace_ELBO(), structure, "chosen because nothing is latent")
+    sampled = [site.name for site in structure.latent if not _has_closed_form(structure, site.name)]
+    sampled += [name for name in structure.guide if name not in structure.model]
+    if sampled:
+        return Estimator(Trace_ELBO(), structure, f"chosen because {', '.join(sampled)} has no closed-form KL")
+    names = [site.name for site in structure.latent]
+    if names != [name for name in structure.guide if name in structure.model]:
+        return Estimator(Trace_ELBO(), structure, "chosen because model and guide sample their sites in another order")
+    return Estimator(TraceMeanField_ELBO(), structure, f"chosen because {', '.join(names)} has a closed-form KL")
+
+
+def _has_closed_form(structure: Structure, name: str) -> bool:
+    guide = structure.guide.get(name)
+    if guide is None or not guide.fn.has_rsample:
+        return False
+    return closed_form_kl(guide.fn, structure.model[name].fn) is not None

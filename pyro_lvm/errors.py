@@ -1,0 +1,21 @@
+"""What can go wrong, by name.
+
+Bad arguments are plain `ValueError` or `TypeError`; the classes here are the two situations a caller may
+want to tell apart from them.
+"""
+
+from __future__ import annotations
+
+__all__ = ["NonFiniteError", "ProgramError"]
+
+
+class ProgramError(ValueError):
+    """A model/guide pair that cannot mean what its author meant.
+
+    The message names the site, the numbers that disagree, and one edit that mends it. It is raised before the
+    first step, so no parameter has moved.
+    """
+
+
+class NonFiniteError(RuntimeError):
+    """The loss became NaN or infinite during a fit; the last finite parameters are back in the modules."""

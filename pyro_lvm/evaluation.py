@@ -1,0 +1,80 @@
+"""What every evaluation shares: a program with its parameters, data seen as rows, and a random state of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoGuide
+
+from pyro_lvm.check import traced
+from pyro_lvm.data import Batch, Rows, as_rows
+from pyro_lvm.errors import ProgramError
+from pyro_lvm.parameters import BoundProgram, Snapshot, isolated
+from pyro_lvm.program import Program, as_program
+from pyro_lvm.structure import Structure
+
+__all__ = ["Evaluation"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A program at fixed parameters, and data to evaluate it on.
+
+    Attributes:
+        bound: the program and its parameters.
+        snapshot: the parameter values to evaluate with; None for the live ones.
+        rows: the data.
+        structure: what one trace on the data tells.
+    """
+
+    bound: BoundProgram
+    snapshot: Snapshot | None
+    rows: Rows
+    structure: Structure
+
+    @staticmethod
+    def of(program: Any, x: Any) -> Evaluation:
+        """Set up an evaluation of a `Fit`, or of a program with a guide, on the data ``x``."""
+        snapshot: Snapshot | None = None
+        rows = as_rows(x, "x")
+        if hasattr(program, "_bound"):  # a Fit; importing its class here would turn the imports round
+            bound, snapshot = program._bound, program._snapshot
+        else:
+            resolved = as_program(program)
+            if resolved.guide is None:
+                raise ProgramError(
+                    f"{resolved.name} has no guide to evaluate with: fit it, and pass what fit returns, or pass a "
+                    "(model, guide) tuple"
+                )
+            bound = BoundProgram(resolved)
+        parameters = (p for module in bound.program.modules.values() for p in module.parameters())
+        rows = rows.like(next(parameters, None))
+        with isolated(0, validate=True), bound.holding(snapshot):
+            structure = traced(bound.model, bound.guide, rows.first(batch_to_trace(bound.program, rows)))
+        return Evaluation(bound, snapshot, rows, structure)
+
+    def whole(self) -> tuple[Batch, Structure]:
+        """All rows in one batch, and the structure seen on them; call it while `running`."""
+        batch = self.rows.whole()
+        return batch, traced(self.bound.model, self.bound.guide, batch)
+
+    @contextmanager
+    def running(self, seed: int | None) -> Iterator[None]:
+        """Evaluate with the snapshot, in eval mode, under a random state that leaves the process's alone."""
+        with isolated(fresh_seed() if seed is None else seed, validate=False), self.bound.holding(self.snapshot):
+            yield
+
+
+def batch_to_trace(program: Program, rows: Rows) -> int:
+    """Rows enough to see a program's structure: a few where it can take part of them, else all."""
+    per_row_guide = isinstance(program.guide, AutoGuide) and not program.names("index")
+    return min(len(rows), 256) if program.names("size") and not per_row_guide else len(rows)
+
+
+def fresh_seed() -> int:
+    """A seed from the system's entropy; the process's random state is not asked."""
+    return int(torch.Generator().seed() % 2**32)

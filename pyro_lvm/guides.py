@@ -1,0 +1,114 @@
+r"""Guides made from a model: the mean-field baseline and its relatives.
+
+.. math:: q(z) = \prod_s N\big(t_s^{-1}(z_s);\, m_s, \operatorname{diag} \sigma_s^2\big)
+
+Every latent site is Normal on its unconstrained scale; sites that enumeration sums out have no part in it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args
+
+import pyro
+from pyro import poutine
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoGuide,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    init_to_median,
+    init_to_value,
+)
+from torch import Tensor
+
+from pyro_lvm.errors import ProgramError
+from pyro_lvm.structure import Structure
+
+__all__ = ["GuideKind", "make_guide"]
+
+GuideKind = Literal["mean_field", "full_rank", "low_rank", "map"]
+"""The guides that one word asks for."""
+
+_CLASSES: dict[str, type[AutoGuide]] = {
+    "mean_field": AutoNormal,
+    "full_rank": AutoMultivariateNormal,
+    "low_rank": AutoLowRankMultivariateNormal,
+    "map": AutoDelta,
+}
+
+
+def is_recipe(guide: Any) -> bool:
+    """Whether ``guide`` says how to build a guide (a word or an autoguide class) rather than being one."""
+    return isinstance(guide, str) or (inspect.isclass(guide) and issubclass(guide, AutoGuide))
+
+
+def make_guide(
+    model: Callable[..., Any],
+    structure: Structure,
+    kind: GuideKind | type[AutoGuide] = "mean_field",
+    *,
+    names_index: bool,
+    minibatches: bool,
+    start: dict[str, Tensor] | None = None,
+) -> AutoGuide:
+    """Build a guide for ``model``.
+
+    Args:
+        model: the model.
+        structure: one trace of it.
+        kind: "mean_field" (a diagonal Normal), "full_rank", "low_rank" (Normals over all sites jointly), "map"
+            (a point), or one of Pyro's autoguide classes.
+        names_index: whether the model names ``index``, so that per-datum parameters can follow their rows.
+        minibatches: whether it will be fitted on part of the rows at a time.
+        start: constrained starting values by site; the others start at the median of a few prior draws.
+
+    Raises:
+        ValueError: if ``kind`` is not one of the words.
+        ProgramError: if there is nothing for a guide to cover, or its per-datum parameters could not follow
+            their rows: Pyro's autoguides then draw rows of their own, and each datum trains another's posterior.
+    """
+    if isinstance(kind, str) and kind not in _CLASSES:
+        words = ", ".join(repr(word) for word in get_args(GuideKind))
+        raise ValueError(f"guide={kind!r} is not known: use one of {words}, a Pyro autoguide class, or a callable")
+    hidden = [site.name for site in structure.latent if site.discrete]
+    covered = [site for site in structure.latent if not site.discrete]
+    if not covered:
+        return _EmptyGuide()  # type: ignore[return-value]
+    guide_class = _CLASSES[kind] if isinstance(kind, str) else kind
+    options: dict[str, Any] = {"init_loc_fn": _start(start)}
+    local = [site.name for site in covered if site.inside(structure.data_plate)]
+    if local and minibatches and not names_index:
+        raise ProgramError(
+            f"site {local[0]!r} has a value for each datum, and a guide built from the model keeps parameters for "
+            "each: in minibatches it must know which rows it sees. Name `index` in the model's signature and write "
+            f'pyro.plate("{structure.data_plate}", size or len(x), subsample=index)'
+        )
+    if local and names_index:
+        if not issubclass(guide_class, AutoNormal | AutoDelta):
+            if minibatches:
+                raise ProgramError(
+                    f"guide {guide_class.__name__} is one joint Normal over all rows of {local[0]!r} and cannot be "
+                    "fitted in minibatches: use guide='mean_field' or batch_size=None"
+                )
+        else:
+            options["create_plates"] = partial(_data_plate, structure.data_plate)
+    return guide_class(poutine.block(model, hide=hidden), **options)
+
+
+def _start(values: dict[str, Tensor] | None) -> Any:
+    return init_to_value(values=values, fallback=init_to_median) if values else init_to_median
+
+
+def _data_plate(name: str, *_args: Any, size: int, index: Tensor, **_kwargs: Any) -> Any:
+    return pyro.plate(name, size, subsample=index, dim=-1)
+
+
+class _EmptyGuide:
+    """The guide of a model in which nothing is left to approximate."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None

@@ -1,0 +1,1 @@
+"""Fitting: the SVI loop and the record it leaves."""

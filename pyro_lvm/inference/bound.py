@@ -1,0 +1,78 @@
+"""The plain bound at fixed parameters, averaged until it is known well enough."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pyro.infer.autoguide import AutoGuide
+
+from pyro_lvm.data import Rows
+from pyro_lvm.elbo.estimator import Estimator, plain_estimator
+from pyro_lvm.parameters import BoundProgram, isolated
+from pyro_lvm.structure import Structure
+
+__all__ = ["MeanElbo", "mean_elbo", "validation_elbo"]
+
+TOLERANCE = 0.01
+"""Standard error of ``fit.elbo`` to reach, nats per datum."""
+
+MAX_PASSES = 1000
+"""Passes over the data after which it is reported with the error it has."""
+
+EVALUATION_BATCH = 1024
+"""Rows in one pass of an evaluation, at least: it keeps no gradients, so it may take more than a step does."""
+
+
+@dataclass(frozen=True)
+class MeanElbo:
+    """The plain bound, nats per datum, its standard error, and the passes over the data it took."""
+
+    elbo: float
+    standard_error: float
+    passes: int
+
+
+def mean_elbo(
+    bound: BoundProgram, structure: Structure, rows: Rows, batch_size: int | None, seed: int
+) -> MeanElbo:
+    """The plain bound on all rows, averaged over passes until its standard error is at most 0.01 nats per datum."""
+    estimator = plain_estimator(structure)
+    chunk = _chunk(bound, structure, rows, batch_size)
+    listed = {site.name for site in (*structure.enumerated_in_model, *structure.enumerated_in_guide)}
+    drawn = any(site.name not in listed for site in structure.latent)
+    with isolated(seed, validate=False), bound.holding(None):
+        values = [_one_pass(estimator, bound, rows, chunk)]
+        while drawn and len(values) < MAX_PASSES and (len(values) < 3 or _standard_error(values) > TOLERANCE):
+            values.append(_one_pass(estimator, bound, rows, chunk))
+    return MeanElbo(sum(values) / len(values), _standard_error(values) if drawn else 0.0, len(values))
+
+
+def validation_elbo(bound: BoundProgram, structure: Structure, rows: Rows, seed: int) -> float:
+    """The plain bound on held-out rows, nats per datum, with the same noise every time it is asked for."""
+    with isolated(seed, validate=False), bound.holding(None):
+        return _one_pass(plain_estimator(structure), bound, rows, _chunk(bound, structure, rows, None))
+
+
+def _chunk(bound: BoundProgram, structure: Structure, rows: Rows, batch_size: int | None) -> int | None:
+    """Rows at a time: all of them where the program cannot take a part, or where all rows share latents."""
+    if not bound.program.names("size") or rows.loader is not None:
+        return None
+    per_row_guide = isinstance(bound.program.guide, AutoGuide) and bool(structure.local_latent)
+    if per_row_guide and batch_size is None:
+        return None
+    return max(batch_size or 0, EVALUATION_BATCH)
+
+
+def _one_pass(estimator: Estimator, bound: BoundProgram, rows: Rows, chunk: int | None) -> float:
+    total = 0.0
+    for batch in rows.batches(chunk):
+        _, terms = estimator.evaluate(bound, batch)
+        total += terms.elbo.double().item() / len(rows) * (len(batch) / len(rows))
+    return total
+
+
+def _standard_error(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return math.sqrt(variance / len(values))

@@ -1,0 +1,71 @@
+r"""Stop when more epochs are sure to bring next to nothing, whatever the noise.
+
+A line is fitted to the last epochs of the monitored bound. Training stops once the slope's upper confidence limit
+says that ``patience`` more epochs would gain less than ``min_delta``:
+
+.. math:: \text{patience} \cdot (\hat b + z\, \mathrm{se}(\hat b)) < \text{min\_delta}
+
+A noisy trace has a wide limit, so noise alone never stops a run that still rises; windows of twice, four times, ...
+the patience are tried too, whose slopes are known better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["EarlyStopping"]
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """When to stop before the last epoch.
+
+    Attributes:
+        patience: epochs over which a gain must be expected to go on.
+        min_delta: the gain that is worth them, nats per datum.
+        z: width of the confidence limit in standard errors.
+        monitor: "auto" (the validation ELBO if there is one, else the training ELBO), "validation_elbo" or "elbo".
+
+    Raises:
+        ValueError: if ``patience`` is below 5 (a slope and its error need points) or ``min_delta`` is not positive.
+
+    Example:
+        >>> EarlyStopping(patience=10).should_stop([-1.0] * 30)
+        True
+        >>> EarlyStopping(patience=10).should_stop([-100.0 + epoch for epoch in range(30)])
+        False
+    """
+
+    patience: int = 20
+    min_delta: float = 0.01
+    z: float = 3.0
+    monitor: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.patience < 5:
+            raise ValueError(f"patience is {self.patience}: a slope and its error need at least 5 epochs")
+        if not self.min_delta > 0:
+            raise ValueError(f"min_delta is {self.min_delta}: name the gain (nats per datum) that is worth waiting for")
+        if self.monitor not in ("auto", "elbo", "validation_elbo"):
+            raise ValueError(f"monitor={self.monitor!r} is not known: use 'auto', 'elbo' or 'validation_elbo'")
+
+    def should_stop(self, values: Sequence[float]) -> bool:
+        """Whether ``values``, the monitored bound of every epoch so far (nats per datum), has stopped rising."""
+        window = self.patience
+        while window <= len(values):
+            if self._gain_limit(np.asarray(values[-window:], dtype=float)) < self.min_delta:
+                return True
+            window *= 2
+        return False
+
+    def _gain_limit(self, values: np.ndarray) -> float:
+        """Upper confidence limit of the gain over ``patience`` more epochs."""
+        epochs = np.arange(len(values)) - (len(values) - 1) / 2
+        spread = float((epochs**2).sum())
+        slope = float((epochs * values).sum()) / spread
+        residual = values - values.mean() - slope * epochs
+        error = float(np.sqrt((residual**2).sum() / (len(values) - 2) / spread))
+        return self.patience * (slope + self.z * error)

@@ -1,0 +1,102 @@
+r"""The order in which a fit sees its rows.
+
+Rows are visited by slices of one permutation per epoch. A stratified program (one with a ``strata`` hook) gets a
+fixed number of rows of each stratum in every batch; the row weights
+
+.. math:: w_i = \frac{n_s / b_s}{n / B}
+
+(n_s rows in the stratum, b_s of them in a batch of B) undo the over-representation, so that the expected loss is the
+full one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_lvm.data import Batch, Rows
+
+__all__ = ["Order"]
+
+
+class Order:
+    """Batches, epoch after epoch.
+
+    Args:
+        rows: the data.
+        batch_size: rows in a batch; None for all.
+        strata: (row numbers, rows in each batch) for each stratum, or None.
+        seed: of the permutations.
+    """
+
+    def __init__(
+        self, rows: Rows, batch_size: int | None, strata: list[tuple[Tensor, int]] | None, seed: int
+    ) -> None:
+        self.rows, self.seed = rows, seed
+        self.batch_size = None if batch_size is None or batch_size >= len(rows) else batch_size
+        self.strata = strata if self.batch_size is not None else None
+        self._generator = torch.Generator().manual_seed(seed)
+        self._full: Batch | None = None
+        if rows.loader is not None:
+            self.steps_per_epoch = len(rows.loader)
+        else:
+            self.steps_per_epoch = 1 if self.batch_size is None else -(-len(rows) // self.batch_size)
+
+    def epoch(self, number: int) -> Iterator[tuple[Batch, float]]:
+        """The batches of one epoch, each with its share of the epoch's mean loss."""
+        rows = self.rows.redrawn(number, self.seed)
+        if rows.loader is not None:
+            for batch in rows.batches(None):
+                yield batch, len(batch) / len(rows)
+        elif self.batch_size is None:
+            if self._full is None or rows is not self.rows:
+                self._full = rows.whole()
+            yield self._full, 1.0
+        elif self.strata is not None:
+            yield from self._stratified(rows, self.strata)
+        else:
+            permutation = torch.randperm(len(rows), generator=self._generator)
+            for index in permutation.split(self.batch_size):
+                yield rows.take(index), len(index) / len(rows)
+
+    def _stratified(self, rows: Rows, strata: list[tuple[Tensor, int]]) -> Iterator[tuple[Batch, float]]:
+        total = sum(count for _, count in strata)
+        orders = [self._endless(numbers, count) for numbers, count in strata]
+        weight = torch.cat(
+            [torch.full((count,), (len(numbers) / count) / (len(rows) / total)) for numbers, count in strata]
+        )
+        for _ in range(self.steps_per_epoch):
+            yield rows.take(torch.cat([next(order) for order in orders]), weight), 1.0 / self.steps_per_epoch
+
+    def _endless(self, numbers: Tensor, count: int) -> Iterator[Tensor]:
+        """``count`` rows at a time, shuffled anew whenever the stratum is exhausted."""
+        pool = numbers[:0]
+        while True:
+            while len(pool) < count:
+                pool = torch.cat([pool, numbers[torch.randperm(len(numbers), generator=self._generator)]])
+            yield pool[:count]
+            pool = pool[count:]
+
+
+def strata_of(program: Any, rows: Rows, batch_size: int | None) -> list[tuple[Tensor, int]] | None:
+    """What the program's ``strata`` hook asks for on these rows, or None.
+
+    Raises:
+        ValueError: if the strata leave out a row, hold one twice, or do not fill the batch.
+    """
+    hook = program.hook("strata")
+    if hook is None or batch_size is None or batch_size >= len(rows) or rows.dataset or rows.loader:
+        return None
+    strata: list[tuple[Tensor, int]] = [
+        (numbers, count) for numbers, count in hook(*rows.args, **rows.kwargs, batch_size=batch_size) if len(numbers)
+    ]
+    covered = torch.cat([numbers for numbers, _ in strata]).sort().values
+    if not torch.equal(covered, torch.arange(len(rows))):
+        raise ValueError(f"strata() must hold each of the {len(rows)} rows once; it holds {len(covered)} numbers")
+    if sum(count for _, count in strata) != batch_size or any(count < 1 for _, count in strata):
+        counts = [count for _, count in strata]
+        raise ValueError(f"strata() must fill a batch of {batch_size} with at least one row each; it asks for {counts}")
+    return strata if len(strata) > 1 else None

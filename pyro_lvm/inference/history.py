@@ -1,0 +1,89 @@
+"""What happened in each epoch, gathered on the device and read out now and then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_lvm.elbo.terms import Terms
+from pyro_lvm.errors import NonFiniteError
+
+__all__ = ["HistoryRecorder"]
+
+
+class HistoryRecorder:
+    """Collects losses and terms without asking the device for a number until `flush`.
+
+    `columns` is what users see as ``fit.history``: lists with one entry per epoch under ``loss`` (the estimator's
+    own, nats of the whole data set), ``elbo`` (the plain bound, nats per datum), ``auxiliary_loss`` (nats per datum,
+    where there is one), ``validation_elbo``, and dictionaries ``reconstruction`` and ``kl`` of such lists by site
+    (nats per datum). ``elbo`` equals the sum of ``reconstruction`` minus the sum of ``kl``.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.columns: dict[str, Any] = {"loss": [], "elbo": [], "reconstruction": {}, "kl": {}}
+        self._sums: dict[tuple[str, str], Tensor] = {}
+        self._pending: list[dict[tuple[str, str], Tensor]] = []
+
+    def add_step(self, loss: Tensor, terms: Terms, share: float, auxiliary: Tensor | None) -> None:
+        """Add one step; ``share`` is its part of the epoch's mean."""
+        values: dict[tuple[str, str], Tensor] = {("loss", ""): loss * share}
+        for group, named in (("reconstruction", terms.reconstruction), ("kl", terms.kl)):
+            for site, value in named.items():
+                values[group, site] = value * (share / self.size)
+        if auxiliary is not None:
+            values["auxiliary_loss", ""] = auxiliary * share
+        for key, value in values.items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    def end_epoch(self) -> None:
+        """Close the running epoch."""
+        self._pending.append(self._sums)
+        self._sums = {}
+
+    def abandon_epoch(self) -> None:
+        """Forget the running epoch: it was interrupted."""
+        self._sums = {}
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that are closed."""
+        return len(self.columns["loss"]) + len(self._pending)
+
+    def flush(self) -> None:
+        """Read the closed epochs out of the device, in one transfer.
+
+        Raises:
+            NonFiniteError: if a loss was NaN or infinite, naming the epoch and the terms that were.
+        """
+        if not self._pending:
+            return
+        keys = list(self._pending[0])
+        table = torch.stack(
+            [torch.stack([sums[key].double().reshape(()) for key in keys]) for sums in self._pending]
+        ).tolist()
+        self._pending = []
+        for row in table:
+            values = dict(zip(keys, row, strict=True))
+            self._refuse_non_finite(values)
+            parts: Mapping[str, float] = {"reconstruction": 1.0, "kl": -1.0}
+            elbo = sum(parts.get(group, 0.0) * value for (group, _), value in values.items())
+            self.columns["elbo"].append(elbo)
+            for (group, site), value in values.items():
+                if site:
+                    self.columns[group].setdefault(site, []).append(value)
+                else:
+                    self.columns.setdefault(group, []).append(value)
+
+    def _refuse_non_finite(self, values: dict[tuple[str, str], float]) -> None:
+        wrong = [f"{group} of {site!r}" if site else group for (group, site), v in values.items() if not math.isfinite(v)]
+        if wrong:
+            raise NonFiniteError(
+                f"epoch {len(self.columns['loss']) + 1}: {', '.join(wrong)} became NaN or infinite. The last finite "
+                "parameters have been restored; try a smaller rate (lr=...), grad_clip_norm=..., or a floor on scales"
+            )

@@ -1,0 +1,84 @@
+"""One torch optimiser over all parameters, and its schedule."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+__all__ = ["make_optimizer"]
+
+PEAK_RATE = 1e-2
+"""Peak of the default one-cycle schedule; 1e-3 does not arrive within the steps that small programs need."""
+
+PEAK_RATE_OF_NETWORKS = 2e-3
+"""The same where the program holds a neural network."""
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter],
+    *,
+    optimizer: Callable[..., Optimizer] | None,
+    scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None,
+    lr: float | None,
+    total_steps: int,
+    has_network: bool,
+) -> tuple[Optimizer, LRScheduler | ReduceLROnPlateau | None, str]:
+    """The optimiser, its schedule and a description of both.
+
+    Args:
+        parameters: what is trained.
+        optimizer: a torch optimiser class or factory, called with the parameters (and ``lr`` if that is given).
+        scheduler: a factory called with the optimiser; it is stepped after each step, a plateau each epoch.
+        lr: the rate; alone it means Adam at that constant rate.
+        total_steps: the length of the default one-cycle schedule.
+        has_network: whether the default peak is the smaller one.
+
+    Raises:
+        TypeError: if ``optimizer`` or ``scheduler`` is no factory, or is one of Pyro's.
+        ValueError: if ``lr`` is not positive.
+    """
+    parameters = list(parameters)
+    if lr is not None and not lr > 0:
+        raise ValueError(f"lr is {lr}: the rate must be positive")
+    if isinstance(optimizer, PyroOptim):
+        name = optimizer.pt_optim_constructor.__name__
+        raise TypeError(
+            f"optimizer is a Pyro optimiser, which keeps one optimiser for each parameter: pass torch.optim.{name} "
+            "(and lr=...)"
+        )
+    if optimizer is not None and not callable(optimizer):
+        raise TypeError(
+            f"optimizer must be a class or factory that takes the parameters, such as torch.optim.SGD; got {optimizer!r}"
+        )
+    if optimizer is None:
+        rate = lr or (PEAK_RATE_OF_NETWORKS if has_network else PEAK_RATE)
+        chosen: Optimizer = torch.optim.Adam(parameters, lr=rate, fused=_can_fuse(parameters))
+    else:
+        chosen = optimizer(parameters) if lr is None else optimizer(parameters, lr=lr)
+    described = f"{type(chosen).__name__}(lr={chosen.param_groups[0]['lr']:g})"
+    if scheduler is not None:
+        if not callable(scheduler):
+            raise TypeError(f"scheduler must be a factory that takes the optimiser; got {scheduler!r}")
+        schedule = scheduler(chosen)
+        return chosen, schedule, f"{described}, {type(schedule).__name__}"
+    if optimizer is None and lr is None:
+        one_cycle = OneCycleLR(chosen, max_lr=chosen.param_groups[0]["lr"], total_steps=max(total_steps, 2))
+        return chosen, one_cycle, f"{described}, OneCycleLR over {total_steps} steps"
+    return chosen, None, f"{described}, constant"
+
+
+def _can_fuse(parameters: list[nn.Parameter]) -> bool:
+    devices = {parameter.device.type for parameter in parameters}
+    return devices <= {"cpu", "cuda"} and all(parameter.is_floating_point() for parameter in parameters)
+
+
+def steps_each_epoch(schedule: Any) -> bool:
+    """Whether a schedule waits for an epoch's result instead of stepping with each step."""
+    return "metrics" in inspect.signature(schedule.step).parameters
