@@ -5,8 +5,8 @@ A likelihood is a small module that *owns the output transform*. It says how man
 (num_features,), and holds those parameters that are learned but do not depend on the latents, such as a noise scale.
 Raw number :math:`p` of feature :math:`d` sits at position :math:`p D + d`: all first numbers, then all second ones.
 
-A likelihood of one's own is any `torch.nn.Module` with `num_parameters` and `forward`; `mean` and `check_support` are
-worth having. Features are independent given the raw numbers, so `forward(raw).log_prob(x)` has the shape of the
+A likelihood of one's own is any `torch.nn.Module` with `num_parameters` and `forward`; `mean` is worth
+having. Features are independent given the raw numbers, so `forward(raw).log_prob(x)` has the shape of the
 leading dimensions and is in nats per datum; it keeps all constants.
 """
 
@@ -59,7 +59,7 @@ def make_likelihood(name_or_module: str | nn.Module, num_features: int) -> Likel
 
     Returns:
         A new likelihood, or the module that came in, which need not inherit from `Likelihood` although the annotation
-        says so: it has what was checked here, and `mean` and `check_support` only if its author wrote them.
+        says so: it has what was checked here, and `mean` only if its author wrote it.
 
     Raises:
         ValueError: the name is unknown, the module has no `num_parameters`, or is built for other data.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
@@ -16,7 +15,8 @@ class Likelihood(nn.Module):
 
     .. math:: p(x \mid r) = \prod_{d=1}^D p(x_d \mid r_d), \quad r \in \mathbb R^{D \times P}
 
-    A subclass sets `num_parameters` and `support`, and writes `forward`, `_outside` and `_remedy`.
+    A subclass sets `num_parameters` and writes `forward`. Data outside the support of the distribution are refused by
+    `fit`, which knows every row, and not here.
 
     Args:
         num_features: numbers per datum, D.
@@ -27,8 +27,6 @@ class Likelihood(nn.Module):
 
     num_parameters: int = 1
     """Raw numbers per feature, P."""
-    support: str = "the real numbers"
-    """The values a feature can take, in words."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -52,33 +50,9 @@ class Likelihood(nn.Module):
         mean: Tensor = self(raw).mean
         return mean
 
-    def check_support(self, x: Tensor) -> None:
-        """Refuse data that this likelihood gives no probability to.
-
-        Args:
-            x: data, shape (..., num_features), any dtype.
-
-        Raises:
-            ValueError: some values are outside; names how many, one of them with its place, and an edit.
-        """
-        outside = self._outside(x)
-        count = int(outside.sum())
-        if count:
-            place = [int(i) for i in torch.unravel_index(outside.flatten().byte().argmax(), outside.shape)]
-            raise ValueError(
-                f"{type(self).__name__} likelihood: {count} of {x.numel()} values of x are outside {self.support}, the "
-                f"first x{place} = {x[tuple(place)].item():.6g} in row {place[0]}. {self._remedy(x)}"
-            )
-
     def constrained(self) -> dict[str, Tensor]:
         """The learned parameters in their natural form; empty where there are none."""
         return {}
-
-    def _outside(self, x: Tensor) -> Tensor:
-        return ~x.isfinite()
-
-    def _remedy(self, x: Tensor) -> str:
-        return "Leave those rows out, x = x[x.isfinite().all(-1)], or fill the holes."
 
     def _columns(self, raw: Tensor) -> Tensor:
         """Check raw and view it as (num_parameters, ..., num_features)."""

@@ -29,23 +29,10 @@ class Bernoulli(Likelihood):
         tensor([0.1250, 0.1250])
     """
 
-    support = "{0, 1}"
-
     def forward(self, raw: Tensor) -> TorchDistribution:
         """Bernoulli with logits raw, shape (..., num_features)."""
         (logits,) = self._columns(raw)
         return dist.Independent(dist.Bernoulli(logits=logits), 1)
-
-    def _outside(self, x: Tensor) -> Tensor:
-        return (x != 0) & (x != 1)
-
-    def _remedy(self, x: Tensor) -> str:
-        if bool(((x >= 0) & (x <= 1)).all()):
-            return (
-                "Binarise x, with binarize='dynamic' where it comes from pyro_lvm.datasets or with "
-                "x = (x > 0.5).to(x.dtype), or use likelihood='continuous_bernoulli'."
-            )
-        return "Use likelihood='normal' for real data, or binarise it with x = (x > threshold).to(x.dtype)."
 
 
 class Categorical(Likelihood):
@@ -73,7 +60,6 @@ class Categorical(Likelihood):
         if num_categories < 2:
             raise ValueError(f"num_categories must be at least 2, but got {num_categories}.")
         self.num_parameters = num_categories
-        self.support = f"the integers 0 to {num_categories - 1}"
 
     def forward(self, raw: Tensor) -> TorchDistribution:
         """Categorical with logits raw, shape (..., num_features * num_categories)."""
@@ -83,15 +69,6 @@ class Categorical(Likelihood):
         """The expected integer of each feature, shape (..., num_features)."""
         probabilities = self._columns(raw).softmax(0).movedim(0, -1)
         return probabilities @ torch.arange(self.num_parameters, dtype=raw.dtype, device=raw.device)
-
-    def _outside(self, x: Tensor) -> Tensor:
-        return ~((x >= 0) & (x < self.num_parameters) & (x == x.floor()))
-
-    def _remedy(self, x: Tensor) -> str:
-        top = self.num_parameters - 1
-        if bool(((x >= 0) & (x <= 1)).all()):
-            return f"Turn grey levels in [0, 1] into integers with x = (x * {top}).round()."
-        return f"Round x and clamp it to 0 ... {top}, or give num_categories = int(x.max()) + 1."
 
 
 class Poisson(Likelihood):
@@ -116,8 +93,6 @@ class Poisson(Likelihood):
         tensor([1.0000e-06, 1.0000e+03])
     """
 
-    support = "the integers 0, 1, 2, ..."
-
     def __init__(self, num_features: int, floor: float = 1e-6) -> None:
         super().__init__(num_features)
         check_floor(floor)
@@ -127,9 +102,3 @@ class Poisson(Likelihood):
         """Poisson with raw rates raw, shape (..., num_features)."""
         (raw_rate,) = self._columns(raw)
         return dist.Independent(dist.Poisson(self.floor + softplus(raw_rate)), 1)
-
-    def _outside(self, x: Tensor) -> Tensor:
-        return ~(x.isfinite() & (x >= 0) & (x == x.floor()))
-
-    def _remedy(self, x: Tensor) -> str:
-        return "Give counts that were neither scaled nor logged, or use likelihood='normal' for real data."

@@ -43,18 +43,10 @@ class ContinuousBernoulli(Likelihood):
         tensor([0.5000, 0.9990])
     """
 
-    support = "[0, 1]"
-
     def forward(self, raw: Tensor) -> TorchDistribution:
         """Continuous Bernoulli with natural parameters raw, shape (..., num_features)."""
         (natural,) = self._columns(raw)
         return dist.Independent(TiltedUniform(natural), 1)
-
-    def _outside(self, x: Tensor) -> Tensor:
-        return ~((x >= 0) & (x <= 1))
-
-    def _remedy(self, x: Tensor) -> str:
-        return "Rescale x, for grey levels of a byte x = x / 255, or use likelihood='normal' for real data."
 
 
 class TiltedUniform(TorchDistribution):

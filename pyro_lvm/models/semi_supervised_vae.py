@@ -1,0 +1,218 @@
+"""The semi-supervised VAE: labels where they are known, summed out where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_lvm.likelihoods import make_likelihood
+from pyro_lvm.models.amortised import DiagonalNormal, evaluating, matching, require_columns
+from pyro_lvm.networks import MLP, LabelledMLP
+
+__all__ = ["SemiSupervisedVAE"]
+
+
+class SemiSupervisedVAE(nn.Module):
+    r"""Kingma's M2: a VAE whose class label is observed for some data and latent for the others.
+
+    .. math::
+        y_i \sim \operatorname{Cat}(1/C), \quad z_i \sim N(0, I_L), \quad x_i \mid y_i, z_i \sim p(x \mid f(z_i, y_i)),
+        \qquad q(y, z \mid x) = q(y \mid x)\, q(z \mid x, y)
+
+    Where :math:`y_i = -1` the label is unknown and enumeration sums it out; elsewhere the guide's q(y | x) is
+    clamped to it. Both kinds stand in one batch. The bound per datum is
+
+    .. math::
+        E_{q(z \mid x, y)}[\log p(x, y, z) - \log q(z \mid x, y)] \text{ (labelled)}, \qquad
+        \sum_y q(y \mid x)\, (\,\cdot_y - \log q(y \mid x)) \text{ (unlabelled)}
+
+    The labelled bound does not train the classifier q(y | x), so `auxiliary_loss` adds
+    :math:`\alpha` times the mean of :math:`-\log q(y \mid x)` over labelled data; it is optimised and never part of
+    the ELBO. Minibatches are stratified (`strata`): each holds labelled rows, and row weights keep the bound unbiased.
+
+    Sites: ``y`` (plate "data"; enumerated in the guide), ``z`` (plate "data"; event (L,), dimension "latent"), ``x``
+    (plate "data"; event (D,), dimension "feature"; observed). Estimator: `TraceEnum_ELBO`.
+
+    When it is wrong: nothing ties class k of the model to label k but the labelled data; with a handful of them a
+    cluster may take the wrong name and keep it.
+
+    Source: Kingma, Rezende, Mohamed & Welling, 2014, https://arxiv.org/abs/1406.5298.
+
+    Args:
+        num_features: D, numbers per datum.
+        num_classes: C, labels 0, ..., C - 1.
+        latent_dim: L.
+        hidden: widths of the hidden layers of each network.
+        likelihood: a name of `pyro_lvm.likelihoods.make_likelihood` or a likelihood module.
+        classifier_weight: :math:`\alpha`, nats per datum; 0 turns the classifier term off.
+        labelled_share: share of each minibatch that is labelled, as far as there are labels.
+        encoder_sees_label: whether the guide is q(y|x) q(z|x,y), or else q(y|x) q(z|x).
+        classifier: any module from (..., D) to (..., C) logits. None makes an `MLP`.
+        encoder: any module from (x, y), or x alone, to (..., 2 L). None makes a `LabelledMLP` (or an `MLP`).
+        decoder: any module from (z, y) to (..., D * the likelihood's `num_parameters`). None makes a `LabelledMLP`.
+
+    Raises:
+        ValueError: if a size is below 1 or ``classifier_weight`` negative; from `model` and `guide`, if x has not D
+            columns or a label is not in -1, ..., C - 1.
+
+    Example:
+        >>> import torch, pyro_lvm as lvm
+        >>> digits = lvm.datasets.digits()
+        >>> y = lvm.datasets.hide_labels(digits.train.y, keep=100, seed=0)
+        >>> ssvae = lvm.SemiSupervisedVAE(64, num_classes=10, latent_dim=5, hidden=(32,), likelihood="normal")
+        >>> fit = lvm.fit(ssvae, (digits.train.x, y), steps=5, batch_size=100, seed=0)
+        >>> ssvae.classify(digits.test.x).shape == (len(digits.test.x), 10)
+        True
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        latent_dim: int,
+        hidden: Sequence[int] = (500,),
+        likelihood: str | nn.Module = "bernoulli",
+        *,
+        classifier_weight: float = 10.0,
+        labelled_share: float = 0.25,
+        encoder_sees_label: bool = True,
+        classifier: nn.Module | None = None,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if min(num_features, num_classes, latent_dim) < 1:
+            raise ValueError(
+                f"num_features={num_features}, num_classes={num_classes} and latent_dim={latent_dim} must all be at "
+                "least 1"
+            )
+        if classifier_weight < 0 or not 0 <= labelled_share < 1:
+            raise ValueError(
+                f"classifier_weight={classifier_weight} must not be negative, and labelled_share={labelled_share} must "
+                "lie in [0, 1)"
+            )
+        self.num_features, self.num_classes, self.latent_dim = num_features, num_classes, latent_dim
+        self.classifier_weight, self.labelled_share = classifier_weight, labelled_share
+        self.encoder_sees_label = encoder_sees_label
+        self.likelihood: Any = make_likelihood(likelihood, num_features)
+        self.classifier = classifier or MLP(num_features, hidden, num_classes)
+        if encoder is None:
+            sizes = (hidden, 2 * latent_dim)
+            labelled = encoder_sees_label
+            encoder = LabelledMLP(num_features, num_classes, *sizes) if labelled else MLP(num_features, *sizes)
+        self.encoder = DiagonalNormal(encoder, latent_dim, "encoder")
+        num_outputs = num_features * self.likelihood.num_parameters
+        self.decoder = decoder or LabelledMLP(latent_dim, num_classes, tuple(reversed(hidden)), num_outputs)
+
+    def model(
+        self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """The generative story; x: rows (batch, D), or None to draw ``size`` rows. The guide clamps known labels."""
+        require_columns(x, self.num_features)
+        with pyro.plate("data", size or len(x), subsample=x), _weighted(weight):  # type: ignore[arg-type]
+            label = pyro.sample("y", self.label_prior())
+            z = pyro.sample("z", self.prior(), infer={"event_dims": ("latent",)})  # type: ignore[arg-type]
+            decoded = self.likelihood(self.decoder(z, label))
+            return pyro.sample("x", decoded, obs=x, infer={"event_dims": ("feature",)})  # type: ignore[arg-type]
+
+    def guide(
+        self, x: Tensor, y: Tensor | None = None, size: int | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """q(y | x), clamped where y (batch,) is not -1, then q(z | x, y)."""
+        require_columns(x, self.num_features)
+        logits = self.classifier(x)
+        if y is not None:
+            logits = self._clamped(logits, y)
+        with pyro.plate("data", size or len(x), subsample=x), _weighted(weight):
+            label = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+            inputs = (x, label) if self.encoder_sees_label else (x,)
+            return pyro.sample("z", self.encoder(*inputs))
+
+    def label_prior(self) -> TorchDistribution:
+        """p(y): every class alike."""
+        reference = next(self.parameters())
+        return dist.Categorical(logits=reference.new_zeros(self.num_classes))
+
+    def prior(self) -> TorchDistribution:
+        """p(z), event shape (L,)."""
+        reference = next(self.parameters())
+        prior: TorchDistribution = dist.Normal(reference.new_zeros(()), reference.new_ones(()))
+        return prior.expand([self.latent_dim]).to_event(1)  # type: ignore[no-any-return]
+
+    def auxiliary_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        r""":math:`\alpha \operatorname{mean}_{\text{labelled}} -\log q(y \mid x)`, nats per datum."""
+        known = y >= 0
+        if self.classifier_weight == 0 or not bool(known.any()):
+            return x.new_zeros(())
+        return self.classifier_weight * nn.functional.cross_entropy(self.classifier(x[known]), y[known].long())
+
+    def strata(self, x: Any, y: Any, *, batch_size: int) -> list[tuple[Tensor, int]]:
+        """Labelled and unlabelled rows, and how many of each a minibatch holds."""
+        labels = torch.as_tensor(y)
+        self._check_labels(labels)
+        known = (labels >= 0).cpu()
+        wanted = round(self.labelled_share * batch_size)
+        count = min(max(1, wanted), int(known.sum()), batch_size - 1)
+        return [(known.nonzero().squeeze(-1), count), ((~known).nonzero().squeeze(-1), batch_size - count)]
+
+    def classify(self, x: Tensor) -> Tensor:
+        """q(y | x), shape (n, C)."""
+        with evaluating(self):
+            probabilities: Tensor = self.classifier(matching(self, x)).softmax(-1)
+            return probabilities
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> TorchDistribution:
+        """q(z | x, y), batch shape (n,), event shape (L,); labels that are not given are the classifier's best."""
+        with evaluating(self):
+            x = matching(self, x)
+            label = self.classifier(x).argmax(-1) if y is None else torch.as_tensor(y, device=x.device)
+            encoded: TorchDistribution = self.encoder(x, label) if self.encoder_sees_label else self.encoder(x)
+            return encoded
+
+    def decode(self, z: Tensor, y: Tensor) -> TorchDistribution:
+        """p(x | z, y) for latents z (..., L) and labels y (...)."""
+        with evaluating(self):
+            z = matching(self, z)
+            decoded: TorchDistribution = self.likelihood(self.decoder(z, torch.as_tensor(y, device=z.device)))
+            return decoded
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x' | z, y] at the encoder's mean and the classifier's best label, shape (n, D)."""
+        label = self.classify(x).argmax(-1)
+        return self.decode(self.encode(x, label).mean, label).mean
+
+    def sample(self, n: int, y: Tensor | int | None = None, seed: int | None = None, *, mean: bool = False) -> Tensor:
+        """Draw n data of class y (one label, or n of them; None draws labels too), shape (n, D)."""
+        with evaluating(self, seed):
+            drawn = self.label_prior().sample((n,)) if y is None else torch.as_tensor(y).expand(n)
+            self._check_labels(drawn, lowest=0)
+            decoded = self.decode(self.prior().sample((n,)), drawn)
+            return decoded.mean if mean else decoded.sample()
+
+    def _clamped(self, logits: Tensor, y: Tensor) -> Tensor:
+        if pyro.settings.get("validate_infer"):
+            self._check_labels(y)
+        known = (y >= 0).unsqueeze(-1)
+        chosen = nn.functional.one_hot(y.long().clamp(min=0), self.num_classes).bool()
+        certain = torch.where(chosen, 0.0, -torch.inf).to(logits.dtype)
+        return torch.where(known, certain, logits)
+
+    def _check_labels(self, y: Tensor, lowest: int = -1) -> None:
+        if y.is_floating_point():
+            raise ValueError(f"labels y have dtype {y.dtype}: pass integers, -1 where a label is unknown (y.long())")
+        if y.numel() and not lowest <= int(y.min()) <= int(y.max()) < self.num_classes:
+            raise ValueError(
+                f"labels y range from {int(y.min())} to {int(y.max())}, but num_classes={self.num_classes} allows "
+                f"{lowest} to {self.num_classes - 1}: renumber them, or raise num_classes"
+            )
+
+
+def _weighted(weight: Tensor | None) -> Any:
+    return poutine.scale(scale=1.0 if weight is None else weight)

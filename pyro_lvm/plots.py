@@ -1,0 +1,219 @@
+"""Pictures of fits and models. Every function returns a matplotlib `Figure`; none shows one.
+
+Figures are made without pyplot, so no window opens and no global state changes; in a notebook the returned figure
+shows itself, elsewhere ``figure.savefig("name.png")`` writes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["image_grid", "interpolation", "latent", "loss", "mixture", "reconstructions", "samples"]
+
+
+def loss(fit: Any) -> Figure:
+    """The bound of every epoch, and beside it its parts.
+
+    Left: the ELBO (and the validation ELBO), nats per datum. Right: reconstruction by observed site and KL by latent
+    site, nats per datum, on two axes. The first tenth of the epochs sets no limits: it would hide the rest.
+
+    Args:
+        fit: a `Fit`.
+
+    Returns:
+        A figure with two panels.
+    """
+    figure = _figure(10.0, 4.0)
+    whole, parts = figure.subplots(1, 2)
+    history = fit.history
+    epochs = range(1, len(history["elbo"]) + 1)
+    shown = {"ELBO": history["elbo"], "validation ELBO": history.get("validation_elbo", [])}
+    for label, values in shown.items():
+        if values:
+            whole.plot(epochs, values, label=label)
+    _limit_to_later(whole, [values for values in shown.values() if values])
+    whole.set(xlabel="epoch", ylabel="nats per datum", title="evidence lower bound")
+    whole.legend()
+    lines = _plot_named(parts, epochs, "reconstruction", history["reconstruction"], first_colour=0)
+    parts.set(xlabel="epoch", ylabel="reconstruction, nats per datum", title="its parts")
+    if history["kl"]:
+        beside = parts.twinx()
+        lines += _plot_named(beside, epochs, "KL", history["kl"], first_colour=len(lines) + 1)
+        beside.set_ylabel("KL, nats per datum")
+    parts.legend(handles=lines)
+    _limit_to_later(parts, list(history["reconstruction"].values()))
+    return figure
+
+
+def samples(model: Any, num: int = 64, seed: int | None = None, *, shape: tuple[int, int] | None = None) -> Figure:
+    """A grid of data drawn from a model: E[x | z] for z from the prior.
+
+    Args:
+        model: has ``sample(n, seed=..., mean=True)`` giving (n, D), as `VAE` and `SemiSupervisedVAE`.
+        num: how many.
+        seed: of the draws; None for fresh ones.
+        shape: height and width of an image; None for a square.
+
+    Returns:
+        A figure with one image for each.
+
+    Raises:
+        ValueError: if D is not a square and ``shape`` is not given.
+    """
+    images = model.sample(num, seed=seed, mean=True)
+    return image_grid(images, columns=math.ceil(math.sqrt(num)), shape=shape)
+
+
+def reconstructions(model: Any, x: Tensor, *, shape: tuple[int, int] | None = None) -> Figure:
+    """Data and under each its reconstruction, E[x' | z] at the encoder's mean.
+
+    Args:
+        model: has ``reconstruct(x)`` giving (n, D).
+        x: data, shape (n, D), at most 32 of them.
+        shape: height and width of an image; None for a square.
+
+    Returns:
+        A figure with pairs of images, eight (or sixteen) in a row.
+    """
+    if len(x) > 32:
+        raise ValueError(f"{len(x)} reconstructions are too many for one picture: pass at most 32 rows, x[:32]")
+    columns = min(len(x), 16)
+    made = model.reconstruct(x).to(x.dtype)
+    rows: list[Tensor] = []
+    for start in range(0, len(x), columns):
+        for part in (x[start : start + columns], made[start : start + columns]):
+            rows.append(torch.cat([part, part.new_full((columns - len(part), part.shape[-1]), torch.nan)]))
+    return image_grid(torch.cat(rows), columns=columns, shape=shape)
+
+
+def interpolation(
+    model: Any, start: Tensor, end: Tensor, steps: int = 10, *, shape: tuple[int, int] | None = None
+) -> Figure:
+    """A row of images on the way from one datum to another, straight through the latent space.
+
+    Args:
+        model: has ``interpolate(start, end, steps)`` giving (steps, D).
+        start: datum, shape (D,), or several, shape (rows, D).
+        end: likewise.
+        steps: images in a row.
+        shape: height and width of an image; None for a square.
+    """
+    pairs = zip(torch.atleast_2d(start), torch.atleast_2d(end), strict=True)
+    images = torch.cat([model.interpolate(first, last, steps) for first, last in pairs])
+    return image_grid(images, columns=steps, shape=shape)
+
+
+def latent(z: Tensor, y: Tensor | None = None, *, axes: tuple[int, int] = (0, 1)) -> Figure:
+    """Two latent coordinates of every datum, coloured by class.
+
+    Args:
+        z: codes, shape (n, L), such as ``vae.encode(x).mean``.
+        y: classes, shape (n,), or None.
+        axes: which coordinates.
+
+    Raises:
+        ValueError: if z has no such coordinates.
+    """
+    if z.dim() != 2 or max(axes) >= z.shape[-1]:
+        raise ValueError(f"z has shape {tuple(z.shape)}, which has no coordinates {axes}: choose axes below its width")
+    figure = _figure(6.0, 5.0)
+    panel = figure.subplots()
+    first, second = (z[:, i].detach().cpu().numpy() for i in axes)
+    if y is None:
+        panel.scatter(first, second, s=8, alpha=0.6)
+    else:
+        labels = torch.as_tensor(y).cpu()
+        for k, label in enumerate(labels.unique().tolist()):
+            chosen = (labels == label).numpy()
+            panel.scatter(first[chosen], second[chosen], s=8, alpha=0.6, color=f"C{k % 10}", label=str(label))
+        panel.legend(title="class", markerscale=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    panel.set(xlabel=f"z[{axes[0]}]", ylabel=f"z[{axes[1]}]", title="latent space")
+    return figure
+
+
+def mixture(gmm: Any, x: Tensor, *, axes: tuple[int, int] = (0, 1)) -> Figure:
+    """Data coloured by their likeliest component, and ellipses of one and two standard deviations.
+
+    Args:
+        gmm: a fitted `GaussianMixture` (maximum likelihood).
+        x: data, shape (n, D), D at least 2.
+        axes: which two features.
+    """
+    import numpy as np
+
+    if x.dim() != 2 or max(axes) >= x.shape[-1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, which has no features {axes}: choose axes below its width")
+    figure = _figure(6.0, 5.0)
+    panel = figure.subplots()
+    with torch.no_grad():
+        component = gmm.responsibilities(x).argmax(-1)
+        chol = gmm.scale_tril.expand(gmm.num_components, -1, -1)
+        locs = gmm.locs
+    angle = np.linspace(0.0, 2 * np.pi, 100)
+    circle = np.stack([np.cos(angle), np.sin(angle)])
+    for k in range(gmm.num_components):
+        chosen = x[component == k].cpu().numpy()
+        panel.scatter(chosen[:, axes[0]], chosen[:, axes[1]], s=8, alpha=0.5, color=f"C{k % 10}")
+        covariance = (chol[k] @ chol[k].mT)[list(axes)][:, list(axes)].double().cpu().numpy()
+        centre = locs[k][list(axes)].double().cpu().numpy()[:, None]
+        for radius in (1.0, 2.0):
+            ellipse = centre + radius * np.linalg.cholesky(covariance) @ circle
+            panel.plot(ellipse[0], ellipse[1], color=f"C{k % 10}", lw=2.0 / radius)
+    panel.set(xlabel=f"x[{axes[0]}]", ylabel=f"x[{axes[1]}]", title=f"{gmm.num_components} components")
+    return figure
+
+
+def image_grid(images: Tensor, columns: int, *, shape: tuple[int, int] | None = None) -> Figure:
+    """Images (num, D) row by row in a grid; entries of NaN are left white."""
+    height, width = shape or _square(images.shape[-1])
+    if height * width != images.shape[-1]:
+        raise ValueError(f"images of {images.shape[-1]} numbers are not shape={(height, width)}")
+    rows = math.ceil(len(images) / columns)
+    padded = torch.full((rows * columns, height + 2, width + 2), torch.nan)
+    padded[: len(images), 1:-1, 1:-1] = images.detach().float().cpu().reshape(-1, height, width)
+    sheet = padded.reshape(rows, columns, height + 2, width + 2).permute(0, 2, 1, 3)
+    inches = 0.5 / max(height, width)
+    figure = _figure(inches * columns * (width + 2), inches * rows * (height + 2), layout=None)
+    panel = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    picture = sheet.reshape(rows * (height + 2), columns * (width + 2)).numpy()
+    panel.imshow(picture, cmap="gray_r", interpolation="nearest", aspect="auto")
+    panel.set_axis_off()
+    return figure
+
+
+def _square(num_features: int) -> tuple[int, int]:
+    side = math.isqrt(num_features)
+    if side * side != num_features:
+        raise ValueError(f"{num_features} numbers are no square image: say shape=(height, width)")
+    return side, side
+
+
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout, dpi=120)
+
+
+def _plot_named(
+    panel: Axes, epochs: Sequence[int], group: str, columns: Mapping[str, Sequence[float]], first_colour: int
+) -> list[Any]:
+    return [
+        panel.plot(epochs, values, color=f"C{first_colour + k}", label=f"{group} of {site}")[0]
+        for k, (site, values) in enumerate(columns.items())
+    ]
+
+
+def _limit_to_later(panel: Axes, columns: Sequence[Sequence[float]]) -> None:
+    later = [value for values in columns for value in values[len(values) // 10 :]]
+    if later and max(later) > min(later):
+        margin = 0.05 * (max(later) - min(later))
+        panel.set_ylim(min(later) - margin, max(later) + margin)
