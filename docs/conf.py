@@ -1,6 +1,7 @@
 """How the pages are built: every code cell is run, and one that fails, or warns, fails the build."""
 
 import os
+import re
 import tomllib
 import warnings
 from pathlib import Path
@@ -14,6 +15,8 @@ release = version = _project["version"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 
+default_role = "py:obj"  # `Fit` in a docstring is a link where there is something to link to
+
 html_theme = "furo"
 html_title = f"pyro_lvm {release}"
 html_show_copyright = False
@@ -24,6 +27,7 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_execution_timeout = 300
 nb_execution_in_temp = True
 nb_output_stderr = "warn"  # and so, with -W, whatever a cell writes to stderr fails the build too
@@ -44,3 +48,15 @@ os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's advice to 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import arviz  # noqa: F401
+
+
+def _stars_of_shapes(app, what, name, obj, options, lines):
+    """A shape such as (num_draws, *plates, *event) is no emphasis."""
+    for number, line in enumerate(lines):
+        if "``" not in line:
+            lines[number] = re.sub(r"(?<=[(, ])\*(?=\w+( \w+)*[,)])", r"\\*", line)
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", _stars_of_shapes)

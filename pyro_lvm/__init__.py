@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyro_lvm import priors
+from pyro_lvm import datasets, likelihoods, networks, plots, priors
 from pyro_lvm.criticism.compare import compare_elbos
 from pyro_lvm.criticism.evidence import log_evidence
 from pyro_lvm.errors import NonFiniteError, ProgramError
@@ -10,21 +10,33 @@ from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.fit import fit
 from pyro_lvm.inference.record import Fit
 from pyro_lvm.models.factor_analysis import FactorAnalysis
+from pyro_lvm.models.gaussian_mixture import GaussianMixture
+from pyro_lvm.models.label_switching import align_components
 from pyro_lvm.models.ppca import PPCA
+from pyro_lvm.models.semi_supervised_vae import SemiSupervisedVAE
+from pyro_lvm.models.vae import VAE
 from pyro_lvm.posterior import Posterior
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PPCA",
+    "VAE",
     "EarlyStopping",
     "FactorAnalysis",
     "Fit",
+    "GaussianMixture",
     "NonFiniteError",
     "Posterior",
     "ProgramError",
+    "SemiSupervisedVAE",
+    "align_components",
     "compare_elbos",
+    "datasets",
     "fit",
+    "likelihoods",
     "log_evidence",
+    "networks",
+    "plots",
     "priors",
 ]

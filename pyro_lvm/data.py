@@ -39,6 +39,10 @@ class Batch:
         """All keywords of the call: the data's and the batch's own."""
         return {**self.kwargs, "size": self.size, "index": self.index, "weight": self.weight}
 
+    def data(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The data by position and by name, without the batch's own keywords."""
+        return self.args, self.kwargs
+
     def tensors(self) -> dict[str, Tensor]:
         """The data arguments by name; positional ones are called ``data[0]``, ``data[1]``, ..."""
         positional = {_position(i, len(self.args)): value for i, value in enumerate(self.args)}
@@ -139,12 +143,21 @@ class Rows:
         order = torch.randperm(self.size, generator=generator)
         return self._subset(order[held_out:]), self._subset(order[:held_out])
 
+    def refuse_non_finite(self, argument: str) -> None:
+        """Raise `ValueError` where the first rows of what is not an array (those are checked whole) are not finite."""
+        arrays = (*self.args, *self.kwargs.values())
+        if not arrays or not all(isinstance(array, Tensor | np.ndarray) for array in arrays):
+            for name, value in self.first(1024).tensors().items():
+                _refuse_non_finite(value, name if argument == "data" else f"{argument}: {name}")
+
     def _subset(self, index: Tensor) -> Rows:
         if self.dataset is not None:
             return replace(self, dataset=Subset(self.dataset, index.tolist()), size=len(index))
 
         def part(array: Any) -> Any:
-            return _Part(array, index) if _is_lazy(array) else _rows_of(array, index)
+            if not _is_lazy(array) or (isinstance(array, np.ndarray) and array.ndim == 1):  # a column fits in memory
+                return _rows_of(array, index)
+            return _RedrawnPart(array, index) if hasattr(array, "redraw") else _Part(array, index)
 
         args = tuple(part(array) for array in self.args)
         return replace(self, args=args, kwargs={k: part(v) for k, v in self.kwargs.items()}, size=len(index))
@@ -168,7 +181,7 @@ class Rows:
 
 
 class _Part:
-    """Some rows of an array that draws its values anew each epoch, or lies on disk."""
+    """Some rows of an array that lies on disk, or gives its rows only when asked."""
 
     def __init__(self, array: Any, index: Tensor) -> None:
         self.array, self.index = array, index
@@ -179,8 +192,12 @@ class _Part:
     def __getitem__(self, rows: Any) -> Tensor:
         return _rows_of(self.array, self.index[rows])
 
-    def redraw(self, epoch: int, seed: int) -> _Part:
-        return _Part(self.array.redraw(epoch, seed), self.index) if hasattr(self.array, "redraw") else self
+
+class _RedrawnPart(_Part):
+    """The same, of an array that draws its values anew."""
+
+    def redraw(self, epoch: int, seed: int) -> _RedrawnPart:
+        return _RedrawnPart(self.array.redraw(epoch, seed), self.index)
 
 
 def _is_lazy(array: Any) -> bool:
@@ -191,7 +208,9 @@ def _rows_of(array: Any, index: Tensor) -> Tensor:
     if isinstance(array, Tensor):
         return array[index.to(array.device)]
     if isinstance(array, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(array[index.numpy()]))
+        rows_of_array = np.ascontiguousarray(array[index.numpy()])
+        # torch knows only the byte order of the machine
+        return torch.from_numpy(rows_of_array.astype(array.dtype.newbyteorder("="), copy=False))
     rows: Tensor = array[index]
     return rows
 
@@ -219,7 +238,10 @@ def as_rows(data: Any, argument: str = "data") -> Rows:
     if isinstance(data, Rows):
         return data
     if isinstance(data, DataLoader):
-        return Rows(loader=data, size=_at_least_one(_length_of_dataset(data), argument))
+        size = _at_least_one(_length_of_dataset(data), argument)
+        if len(data) == 0:
+            raise ValueError(f"{argument} is a DataLoader without a batch: use a smaller batch_size or drop_last=False")
+        return Rows(loader=data, size=size)
     if isinstance(data, Dataset):
         if not hasattr(data, "__len__"):
             raise TypeError(f"{argument} is a Dataset without a length: wrap it in a map-style Dataset with __len__")
@@ -247,14 +269,31 @@ def _length_of_dataset(loader: DataLoader[Any]) -> int:
 
 
 def _length(array: Any, name: str) -> int:
-    indexable = isinstance(array, Tensor | np.ndarray) or (hasattr(array, "__len__") and hasattr(array, "__getitem__"))
-    if not indexable or isinstance(array, list | str):
-        raise TypeError(f"{name} is a {type(array).__name__}: pass a tensor or an array, e.g. torch.as_tensor({name})")
-    if isinstance(array, Tensor | np.ndarray) and array.ndim == 0:
+    """Rows of one array; raises where it is none that a program can be given."""
+    if not isinstance(array, Tensor | np.ndarray):
+        return _length_of_rows_on_demand(array, name)
+    if array.ndim == 0:
         raise ValueError(f"{name} is a single number of shape (): pass an array with one row per datum")
-    if isinstance(array, np.ndarray) and array.dtype.kind not in "fiub":
-        raise TypeError(f"{name} has dtype {array.dtype}: pass numbers, e.g. {name}.astype('float32')")
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost: drop or impute the masked rows")
+    numeric = not array.is_complex() if isinstance(array, Tensor) else array.dtype.kind in "fiub"
+    if not numeric or array.dtype.itemsize > 8:
+        raise TypeError(f"{name} has dtype {array.dtype}: pass real numbers of at most 64 bits, such as float32")
     return len(array)
+
+
+def _length_of_rows_on_demand(array: Any, name: str) -> int:
+    cause: Exception | None = None
+    try:
+        size = len(array)
+        if isinstance(array[torch.arange(min(size, 1))], Tensor):
+            return size
+    except Exception as error:  # whatever a stranger's object raises, it is not rows
+        cause = error
+    raise TypeError(
+        f"{name} is a {type(array).__name__}: pass a tensor or an array (a tuple or dict of them where the program "
+        "takes several), or an object with len() and x[rows] giving tensors"
+    ) from cause
 
 
 def _at_least_one(size: int, argument: str) -> int:
@@ -264,18 +303,21 @@ def _at_least_one(size: int, argument: str) -> int:
 
 
 def _refuse_non_finite(array: Any, name: str, rows_at_once: int = 4096) -> None:
-    if isinstance(array, Tensor | np.ndarray):
-        floating = array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
-        if not floating:
-            return
-        for start in range(0, len(array), rows_at_once):
-            block = torch.as_tensor(np.asarray(array[start : start + rows_at_once]) if _is_lazy(array) else array[start : start + rows_at_once])
-            finite = torch.isfinite(block).flatten(1).all(-1) if block.dim() > 1 else torch.isfinite(block)
-            if not bool(finite.all()):
-                row = start + int((~finite).nonzero()[0])
-                kind = "NaN" if bool(torch.isnan(block).any()) else "infinite"
-                count = int((~torch.isfinite(block)).sum())
-                raise ValueError(
-                    f"{name} holds {kind} values ({count} in rows {start} to {start + len(block) - 1}, the first in "
-                    f"row {row}): drop or impute those rows before fitting"
-                )
+    floating = array.dtype.kind == "f" if isinstance(array, np.ndarray) else _is_floating_tensor(array)
+    if not floating:
+        return
+    for start in range(0, len(array), rows_at_once):
+        block = array[start : start + rows_at_once]
+        finite = torch.from_numpy(np.isfinite(block)) if isinstance(array, np.ndarray) else torch.isfinite(block)
+        if bool(finite.all()):
+            continue
+        row = int((~finite.flatten(1).all(-1) if finite.dim() > 1 else ~finite).nonzero()[0])
+        nan = (block != block).any()
+        raise ValueError(
+            f"{name} holds {'NaN' if nan else 'infinite'} values ({int((~finite).sum())} in rows {start} to "
+            f"{start + len(block) - 1}, the first in row {start + row}): drop or impute those rows before fitting"
+        )
+
+
+def _is_floating_tensor(array: Any) -> bool:
+    return isinstance(array, Tensor) and array.is_floating_point()

@@ -14,7 +14,7 @@ from pyro_lvm.check import traced
 from pyro_lvm.data import Batch, Rows, as_rows
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.parameters import BoundProgram, Snapshot, isolated
-from pyro_lvm.program import Program, as_program
+from pyro_lvm.program import Program, as_program, floating_dtype
 from pyro_lvm.structure import Structure
 
 __all__ = ["Evaluation"]
@@ -51,9 +51,10 @@ class Evaluation:
                     "(model, guide) tuple"
                 )
             bound = BoundProgram(resolved)
-        parameters = (p for module in bound.program.modules.values() for p in module.parameters())
-        rows = rows.like(next(parameters, None))
         with isolated(0, validate=True), bound.holding(snapshot):
+            rows = rows.like(bound.reference(snapshot))
+            bound.functions.dtype = bound.functions.dtype or floating_dtype(rows.first(1).tensors().values())
+            bound.program.require_arguments(*rows.first(1).data())
             structure = traced(bound.model, bound.guide, rows.first(batch_to_trace(bound.program, rows)))
         return Evaluation(bound, snapshot, rows, structure)
 
@@ -70,9 +71,13 @@ class Evaluation:
 
 
 def batch_to_trace(program: Program, rows: Rows) -> int:
-    """Rows enough to see a program's structure: a few where it can take part of them, else all."""
-    per_row_guide = isinstance(program.guide, AutoGuide) and not program.names("index")
-    return min(len(rows), 256) if program.names("size") and not per_row_guide else len(rows)
+    """Rows enough to see a program's structure: a few where it can take part of them, else all.
+
+    An autoguide sees all of them: it remembers how many rows its first call had, and draws rows of its own where
+    they were a part.
+    """
+    automatic = program.guide is None or isinstance(program.guide, AutoGuide)
+    return min(len(rows), 256) if program.names("size") and not automatic else len(rows)
 
 
 def fresh_seed() -> int:

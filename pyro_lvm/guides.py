@@ -28,7 +28,7 @@ from torch import Tensor
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.structure import Structure
 
-__all__ = ["GuideKind", "make_guide"]
+__all__ = ["GuideKind", "is_recipe", "make_guide"]
 
 GuideKind = Literal["mean_field", "full_rank", "low_rank", "map"]
 """The guides that one word asks for."""
@@ -54,7 +54,7 @@ def make_guide(
     names_index: bool,
     minibatches: bool,
     start: dict[str, Tensor] | None = None,
-) -> AutoGuide:
+) -> Callable[..., Any]:
     """Build a guide for ``model``.
 
     Args:
@@ -66,10 +66,13 @@ def make_guide(
         minibatches: whether it will be fitted on part of the rows at a time.
         start: constrained starting values by site; the others start at the median of a few prior draws.
 
+    Returns:
+        The guide; where enumeration leaves nothing to approximate, one without sites.
+
     Raises:
         ValueError: if ``kind`` is not one of the words.
-        ProgramError: if there is nothing for a guide to cover, or its per-datum parameters could not follow
-            their rows: Pyro's autoguides then draw rows of their own, and each datum trains another's posterior.
+        ProgramError: if its per-datum parameters could not follow their rows: Pyro's autoguides then draw rows of
+            their own, and each datum trains another's posterior.
     """
     if isinstance(kind, str) and kind not in _CLASSES:
         words = ", ".join(repr(word) for word in get_args(GuideKind))
@@ -77,10 +80,12 @@ def make_guide(
     hidden = [site.name for site in structure.latent if site.discrete]
     covered = [site for site in structure.latent if not site.discrete]
     if not covered:
-        return _EmptyGuide()  # type: ignore[return-value]
+        return _nothing
     guide_class = _CLASSES[kind] if isinstance(kind, str) else kind
-    options: dict[str, Any] = {"init_loc_fn": _start(start)}
+    taken = inspect.signature(guide_class).parameters
+    options: dict[str, Any] = {"init_loc_fn": _start(start)} if "init_loc_fn" in taken else {}
     local = [site.name for site in covered if site.inside(structure.data_plate)]
+    covered_plates = [plate for site in covered for plate in site.plates]
     if local and minibatches and not names_index:
         raise ProgramError(
             f"site {local[0]!r} has a value for each datum, and a guide built from the model keeps parameters for "
@@ -95,7 +100,8 @@ def make_guide(
                     "fitted in minibatches: use guide='mean_field' or batch_size=None"
                 )
         else:
-            options["create_plates"] = partial(_data_plate, structure.data_plate)
+            plate = next(p for p in covered_plates if p.name == structure.data_plate)
+            options["create_plates"] = partial(_data_plate, plate.name, plate.dim)
     return guide_class(poutine.block(model, hide=hidden), **options)
 
 
@@ -103,12 +109,9 @@ def _start(values: dict[str, Tensor] | None) -> Any:
     return init_to_value(values=values, fallback=init_to_median) if values else init_to_median
 
 
-def _data_plate(name: str, *_args: Any, size: int, index: Tensor, **_kwargs: Any) -> Any:
-    return pyro.plate(name, size, subsample=index, dim=-1)
+def _data_plate(name: str, dim: int, *_args: Any, index: Tensor, size: int | None = None, **_kwargs: Any) -> Any:
+    return pyro.plate(name, size or len(index), subsample=index, dim=dim)
 
 
-class _EmptyGuide:
+def _nothing(*args: Any, **kwargs: Any) -> None:
     """The guide of a model in which nothing is left to approximate."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        return None

@@ -58,6 +58,8 @@ class MLP(nn.Module):
         hidden: widths of the hidden layers, first to last.
         num_outputs: numbers per row that go out; 2 * latent_dim for an encoder.
         activation: makes one activation module per hidden layer.
+        layer_norm: whether every hidden layer is normalised over its width before the activation (Ba, Kiros and
+            Hinton, 2016, https://arxiv.org/abs/1607.06450); unlike batch normalisation it keeps data independent.
 
     Raises:
         ValueError: a width is below 1; or, when called, x does not have `num_inputs` columns.
@@ -70,7 +72,12 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, num_inputs: int, hidden: Sequence[int], num_outputs: int, activation: Activation = nn.ReLU
+        self,
+        num_inputs: int,
+        hidden: Sequence[int],
+        num_outputs: int,
+        activation: Activation = nn.ReLU,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         widths = (num_inputs, *hidden, num_outputs)
@@ -83,7 +90,8 @@ class MLP(nn.Module):
         self.num_outputs = num_outputs
         self.layers = nn.Sequential()
         for width_in, width_out in itertools.pairwise(widths[:-1]):
-            self.layers.extend((HiddenLinear(width_in, width_out), activation()))
+            normalisation = [nn.LayerNorm(width_out)] if layer_norm else []
+            self.layers.extend((HiddenLinear(width_in, width_out), *normalisation, activation()))
         self.layers.append(nn.Linear(widths[-2], widths[-1]))
 
     def forward(self, x: Tensor) -> Tensor:

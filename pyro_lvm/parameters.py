@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import pyro
@@ -16,7 +18,7 @@ from torch.distributions import constraints, transform_to
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.program import Program, batch_arguments, restore_mode, training_mode
 
-__all__ = ["BoundProgram", "Snapshot", "isolated"]
+__all__ = ["BoundProgram", "Snapshot", "Untouched", "isolated"]
 
 Snapshot = Mapping[str, Tensor]
 """Cloned unconstrained parameters and buffers by name; see `BoundProgram.snapshot`."""
@@ -39,8 +41,52 @@ def isolated(seed: int | None, *, validate: bool | None = None) -> Iterator[None
         pyro.get_param_store().scope(empty),
     ):
         if seed is not None:
-            torch.manual_seed(seed)
+            # torch.manual_seed would also leave a seed behind for a CUDA that has not started yet
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
         yield
+
+
+class Untouched:
+    """What modules were before a call: `restore` puts back values, dtypes, devices, and lazily made submodules."""
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        self._attributes: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+        self._values: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._gradients: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        for module in modules:
+            self.remember(module)
+
+    def remember(self, module: nn.Module) -> None:
+        """Take ``module``, as it is now, into what `restore` puts back; a module that is known is left as it was."""
+        for inner in module.modules():
+            if id(inner) not in self._attributes:
+                # an autoguide builds itself on first use: its dictionaries must lose what came later
+                kept = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(inner).items()}
+                self._attributes[id(inner)] = (inner, kept)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) not in self._values:
+                self._values[id(tensor)] = (tensor, tensor.data, tensor.detach().clone())
+                gradient = tensor.grad
+                self._gradients[id(tensor)] = (tensor, gradient, None if gradient is None else gradient.data)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for inner, attributes in self._attributes.values():
+            vars(inner).clear()
+            vars(inner).update(attributes)
+        for tensor, storage, value in self._values.values():
+            tensor.grad = None
+            tensor.data = storage.copy_(value)
+        for tensor, gradient, storage_of_gradient in self._gradients.values():
+            if gradient is not None and storage_of_gradient is not None:
+                gradient.data = storage_of_gradient
+            tensor.grad = gradient
+
+
+_BETWEEN = ("pyro", "pyro_lvm", "contextlib", "functools")
+"""Packages whose frames may stand between a parameter's messenger and the module that asks for it."""
 
 
 class _ParameterMessenger(Messenger):
@@ -56,27 +102,67 @@ class _ParameterMessenger(Messenger):
             return  # a PyroModule with local parameters answers for itself
         name = msg["name"]
         if name in store:  # a PyroModule has just put its own parameter there
-            self.parameters.adopt(name, store[name].unconstrained(), store._constraints[name])
+            parameter = store._params[name]
+            if not self.parameters.knows(parameter):
+                self.parameters.adopt(name, parameter, store._constraints[name], _asking_module())
             return
         start = msg["args"][1] if len(msg["args"]) > 1 else msg["kwargs"].get("init_tensor")
         msg["value"] = self.parameters.value(name, start, msg["kwargs"].get("constraint", constraints.real))
         msg["done"] = True
 
 
-class FunctionParameters:
-    """The parameters that plain functions declare with `pyro.param`, created on first use."""
+def _asking_module() -> nn.Module | None:
+    """The module on whose behalf `pyro.param` is being called, by `pyro.module` or by a `PyroModule`, if one is."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
+        for code, local in ((pyro.module.__code__, "nn_module"), (pyro.nn.PyroModule.__getattr__.__code__, "self")):
+            if frame.f_code is code:
+                module: nn.Module = frame.f_locals[local]
+                return module
+        frame = frame.f_back
+    return None
 
-    def __init__(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+
+class FunctionParameters:
+    """The parameters that plain functions declare with `pyro.param`, created on first use.
+
+    Modules that functions register (`pyro.module`, or a `PyroModule` they call) are trained in place.
+
+    Attributes:
+        unconstrained: the parameters by name.
+        constraints: their constraints.
+        modules: the modules met.
+        meet: called with every module when it is first met, before its parameters are used.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        meet: Callable[[nn.Module], None] | None = None,
+    ) -> None:
         self.unconstrained: dict[str, nn.Parameter] = {}
         self.constraints: dict[str, Any] = {}
+        self.modules: list[nn.Module] = []
+        self.meet = meet
         self.dtype = dtype
         self.device = device
+        self._known: set[int] = set()
+
+    def knows(self, parameter: Any) -> bool:
+        """Whether ``parameter`` is one of these."""
+        return id(parameter) in self._known
 
     def value(self, name: str, start: Any, constraint: Any) -> Tensor:
         """The constrained value of parameter ``name``, created from ``start`` when it is new."""
-        if isinstance(start, nn.Parameter) and constraint is constraints.real:  # pyro.module(...)
-            self.adopt(name, start, constraint)
-            return start
+        if isinstance(start, nn.Parameter) and constraint is constraints.real:
+            if self.knows(start):
+                return start
+            module = _asking_module()
+            # a function that makes a new nn.Parameter in every call means the first one, as in plain Pyro
+            if module is not None or name not in self.unconstrained:
+                self.adopt(name, start, constraint, module)
+                return start
         if name not in self.unconstrained:
             if start is None:
                 raise ProgramError(f"pyro.param({name!r}) has no initial value: write pyro.param({name!r}, tensor)")
@@ -88,15 +174,17 @@ class FunctionParameters:
         value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
         return value
 
-    def adopt(self, name: str, parameter: Any, constraint: Any) -> None:
+    def adopt(self, name: str, parameter: Any, constraint: Any, module: nn.Module | None) -> None:
         """Take a module's own parameter under ``name`` (or a name beside it): it is trained in place."""
-        if any(parameter is known for known in self.unconstrained.values()):
-            return
         # two networks registered under one name are two networks: plain Pyro would train only the first
-        while name in self.unconstrained:
-            name += "'"
+        name = _free(name, self.unconstrained)
         self.unconstrained[name] = parameter
         self.constraints[name] = constraint
+        self._known.add(id(parameter))
+        if module is not None and not any(module is inner for known in self.modules for inner in known.modules()):
+            self.modules.append(module)
+            if self.meet is not None:
+                self.meet(module)
 
     def _unconstrain(self, name: str, start: Any, constraint: Any) -> nn.Parameter:
         start = torch.as_tensor(start).detach()
@@ -105,13 +193,14 @@ class FunctionParameters:
                 f"pyro.param({name!r}) starts at a tensor of {start.dtype}: only floating parameters can be trained, "
                 "write its initial value with a decimal point"
             )
-        start = start.to(dtype=self.dtype if start.dim() else None, device=self.device)
-        if not bool(constraint.check(start).all()):
+        start = start.to(dtype=self.dtype, device=self.device)
+        unconstrained = transform_to(constraint).inv(start) if bool(constraint.check(start).all()) else None
+        if unconstrained is None or not bool(torch.isfinite(unconstrained).all()):
             raise ProgramError(
-                f"pyro.param({name!r}) starts at {start.flatten()[:3].tolist()}, outside its constraint {constraint}: "
-                "change the initial value"
+                f"pyro.param({name!r}) starts at {start.flatten()[:3].tolist()}, outside its constraint {constraint} "
+                "or on its boundary: change the initial value"
             )
-        return nn.Parameter(transform_to(constraint).inv(start).clone().contiguous())
+        return nn.Parameter(unconstrained.clone().contiguous())
 
 
 class BoundProgram:
@@ -127,8 +216,9 @@ class BoundProgram:
         make_guide: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        meet: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        self.functions = FunctionParameters(dtype, device)
+        self.functions = FunctionParameters(dtype, device, meet)
         self.model = bind(program.model, program.keywords["model"], self.functions)
         if make_guide is not None:
             program = program.with_guide(make_guide(self.model))
@@ -136,6 +226,23 @@ class BoundProgram:
             raise ProgramError(f"{program.name} has no guide: pass guide=..., or let fit build one")
         self.program = program
         self.guide = bind(program.guide, program.keywords["guide"], self.functions)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The program's own modules, and those that its functions register."""
+        own = list(self.program.modules.values())
+        known = {id(inner) for module in own for inner in module.modules()}
+        return own + [module for module in self.functions.modules if id(module) not in known]
+
+    def has_network(self) -> bool:
+        """Whether the pair holds a neural network: a linear, convolutional or recurrent layer."""
+        kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase)
+        return any(isinstance(layer, kinds) for module in self.modules for layer in module.modules())
+
+    def reference(self, snapshot: Snapshot | None) -> Tensor | None:
+        """A floating tensor whose dtype and device the data must have: of ``snapshot``, else of the live parameters."""
+        values = snapshot.values() if snapshot is not None else (tensor for _, tensor in self._tensors())
+        return next((value for value in values if value.is_floating_point()), None)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that asks for a gradient, by name, each tensor once."""
@@ -149,7 +256,7 @@ class BoundProgram:
     def holding(self, snapshot: Snapshot | None) -> Iterator[None]:
         """Evaluate with the values of ``snapshot``, in eval mode; the live values come back afterwards."""
         live = {name: (tensor, tensor.data) for name, tensor in self._tensors()}
-        before = training_mode(self.program.modules.values(), False)
+        before = training_mode(self.modules, False)
         try:
             for name, (tensor, _) in live.items():
                 if snapshot is not None and name in snapshot:
@@ -164,7 +271,8 @@ class BoundProgram:
         """Write the values of ``snapshot`` into the live tensors."""
         with torch.no_grad():
             for name, tensor in self._tensors():
-                tensor.copy_(snapshot[name])
+                if name in snapshot:
+                    tensor.copy_(snapshot[name])
 
     def constrained(self) -> dict[str, Tensor]:
         """Every parameter in its natural, constrained form, cloned."""
@@ -173,22 +281,31 @@ class BoundProgram:
             natural = getattr(module, "constrained", None)
             named = natural() if callable(natural) else _constrained_parameters(module)
             values.update({_join(prefix, name): value for name, value in named.items()})
-        owned = {id(p) for module in self.program.modules.values() for p in module.parameters()}
-        for name, unconstrained in self.functions.unconstrained.items():
-            if id(unconstrained) not in owned:
-                values[name] = transform_to(self.functions.constraints[name])(unconstrained)
+        for name, parameter in self._of_functions():
+            values[_free(name, values)] = transform_to(self.functions.constraints[name])(parameter)
         return {name: value.detach().clone() for name, value in values.items()}
 
+    def _of_modules(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for prefix, module in self.program.modules.items():
+            for name, parameter in nn.Module.named_parameters(module):
+                yield _join(prefix, name), parameter
+
+    def _of_functions(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of functions that are not the program's modules' own."""
+        owned = {id(parameter) for _, parameter in self._of_modules()}
+        for name, parameter in self.functions.unconstrained.items():
+            if id(parameter) not in owned:
+                yield name, parameter
+
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter once, under a name of its own."""
         seen: set[int] = set()
-        named = [
-            (_join(prefix, name), parameter)
-            for prefix, module in self.program.modules.items()
-            for name, parameter in nn.Module.named_parameters(module)
-        ]
-        for name, parameter in [*named, *self.functions.unconstrained.items()]:
+        names: set[str] = set()
+        for name, parameter in (*self._of_modules(), *self._of_functions()):
             if id(parameter) not in seen:
+                name = _free(name, names)
                 seen.add(id(parameter))
+                names.add(name)
                 yield name, parameter
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -196,11 +313,19 @@ class BoundProgram:
         for prefix, module in self.program.modules.items():
             for name, buffer in module.named_buffers():
                 yield _join(prefix, name), buffer
+        for number, module in enumerate(self.modules[len(self.program.modules) :]):
+            for name, buffer in module.named_buffers():
+                yield f"pyro.module({number}).{name}", buffer
 
 
-def bind(
-    function: Callable[..., Any], keywords: frozenset[str], parameters: FunctionParameters
-) -> Callable[..., Any]:
+def _free(name: str, taken: Container[str]) -> str:
+    """``name``, with as many primes as it takes to be nobody else's."""
+    while name in taken:
+        name += "'"
+    return name
+
+
+def bind(function: Callable[..., Any], keywords: frozenset[str], parameters: FunctionParameters) -> Callable[..., Any]:
     """Wrap ``function`` so that its parameters are ``parameters`` and only row keywords it names reach it."""
     messenger = _ParameterMessenger(parameters)
     empty: Any = {"params": {}, "constraints": {}}
@@ -213,7 +338,7 @@ def bind(
         **kwargs: Any,
     ) -> Any:
         # the store is only a place where PyroModules leave their own parameters: it starts and ends empty
-        with pyro.get_param_store().scope(dict(empty)), messenger:
+        with pyro.get_param_store().scope(empty.copy()), messenger:
             return function(*args, **kwargs, **batch_arguments(keywords, size, index, weight))
 
     return bound

@@ -10,13 +10,16 @@ from torch import Tensor
 __all__ = ["Posterior"]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Posterior(Mapping[str, Tensor]):
     r"""Independent draws from a fitted posterior; a mapping from site to tensor.
 
     .. math:: z^{(s)} \sim q(z \mid x), \qquad k^{(s)} \sim p(k \mid x, z^{(s)})
 
     Sites that enumeration summed out are drawn from their exact conditional, never from their prior.
+
+    A site that the guide enumerates is drawn from the guide. ``log_p - log_q`` is the log of a draw's importance
+    weight; its mean over draws is the plain ELBO of the data set, in nats.
 
     Attributes:
         draws: by site, shape (num_draws, *plates, *event).
@@ -52,13 +55,17 @@ class Posterior(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.draws)
 
+    # two posteriors are one only if they are the same draws: tensors have no truth value to compare mappings by
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     @property
     def num_draws(self) -> int:
         """How many draws there are."""
         return len(self.log_p)
 
     def mean(self, site: str) -> Tensor:
-        """The mean over draws of one site, shape (*plates, *event)."""
+        """The mean over draws of one site, in double precision; shape (*plates, *event)."""
         return self[site].double().mean(0)
 
     def __repr__(self) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_lvm.errors import ProgramError
@@ -45,9 +47,12 @@ class Program:
         return keyword in self.keywords["model"]
 
     def hook(self, name: str) -> Callable[..., Any] | None:
-        """The optional method ``name`` of the user's object (`initialize`, `auxiliary_loss`, ...), or None."""
-        candidates = self.source if isinstance(self.source, tuple) else (self.source,)
-        for candidate in candidates:
+        """The optional method ``name`` of the user's object (`initialize`, `auxiliary_loss`, ...), or None.
+
+        In a tuple, or for a lone bound method, it is looked for in the objects that model and guide are methods of.
+        """
+        parts = self.source if isinstance(self.source, tuple) else (self.source,)
+        for candidate in (owner for part in parts for owner in (part, _owner(part))):
             method = getattr(candidate, name, None)
             if callable(method):
                 return method  # type: ignore[no-any-return]
@@ -66,10 +71,22 @@ class Program:
         """The same program with another guide."""
         return _resolved(self.source, self.model, guide)
 
-    def has_network(self) -> bool:
-        """Whether the pair holds a neural network: two or more weight matrices applied one after another."""
-        linear = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase)
-        return any(isinstance(layer, linear) for module in self.modules.values() for layer in module.modules())
+    def require_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise `TypeError` unless model and guide take the data ``args`` and ``kwargs``."""
+        for role, function in (("model", self.model), ("guide", self.guide)):
+            # an autoguide takes anything and hands it to its model
+            if function is None or isinstance(function, AutoGuide):
+                continue
+            signature = _signature(function)
+            try:
+                signature.bind(*args, **kwargs, **dict.fromkeys(self.keywords[role]))
+            except TypeError as error:
+                named = f" and the names {', '.join(map(repr, kwargs))}" if kwargs else ""
+                raise TypeError(
+                    f"the data give {len(args)} arguments by position{named}, but {role} "
+                    f"{_callable_name(function)}{signature} cannot be called with them ({error}): change the "
+                    "signature, or the tuple or dict that is passed as data"
+                ) from None
 
 
 def as_program(program: Any, guide: Callable[..., Any] | None = None) -> Program:
@@ -84,13 +101,17 @@ def as_program(program: Any, guide: Callable[..., Any] | None = None) -> Program
     """
     if isinstance(program, Program):
         return program if guide is None else program.with_guide(guide)
+    if guide is not None and not callable(guide):
+        raise TypeError(f"guide must be a callable, a Pyro autoguide class or one of its words; got {guide!r}")
+    if isinstance(program, type):
+        raise TypeError(f"program is the class {program.__name__}: make an object of it, {program.__name__}(...)")
     if isinstance(program, tuple):
         if len(program) != 2 or not all(callable(part) for part in program):
             kinds = ", ".join(type(part).__name__ for part in program)
             raise TypeError(f"a program given as a tuple must be (model, guide), two callables; got ({kinds})")
-        return _resolved(program, program[0], guide or program[1])
+        return _resolved(program, program[0], program[1] if guide is None else guide)
     if callable(getattr(program, "model", None)):
-        return _resolved(program, program.model, guide or getattr(program, "guide", None))
+        return _resolved(program, program.model, getattr(program, "guide", None) if guide is None else guide)
     if callable(program):
         return _resolved(program, program, guide)
     raise TypeError(
@@ -99,35 +120,64 @@ def as_program(program: Any, guide: Callable[..., Any] | None = None) -> Program
 
 
 def _resolved(source: Any, model: Callable[..., Any], guide: Callable[..., Any] | None) -> Program:
-    of_model = _row_keywords(model)
+    of_model = row_keywords(model)
     # an autoguide hands everything on to the model it was made from
-    of_guide = of_model if guide is None or isinstance(guide, AutoGuide) else _row_keywords(guide)
+    of_guide = of_model if guide is None or isinstance(guide, AutoGuide) else row_keywords(guide)
     return Program(model, guide, source, _modules(source, model, guide), {"model": of_model, "guide": of_guide})
 
 
-def _row_keywords(function: Callable[..., Any]) -> frozenset[str]:
-    target = function.forward if isinstance(function, nn.Module) else function
-    parameters = inspect.signature(target).parameters.values()
+def row_keywords(function: Callable[..., Any]) -> frozenset[str]:
+    """Which of ``size``, ``index`` and ``weight`` a callable takes."""
+    parameters = _signature(function).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return frozenset(ROW_KEYWORDS)
     return frozenset(parameter.name for parameter in parameters) & frozenset(ROW_KEYWORDS)
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    function = _innermost(function)
+    return inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+
+
+def _innermost(function: Any) -> Any:
+    """What stands inside Pyro's handlers, such as ``config_enumerate(model)``; their own signature says nothing."""
+    while True:
+        if hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        elif isinstance(function, partial) and function.args and isinstance(function.args[0], Messenger):
+            function = function.args[1]
+        elif isinstance(function, partial) and isinstance(function.func, partial):
+            function = function.func
+        else:
+            return function
+
+
+def _owner(function: Any) -> Any:
+    """The object that a callable is a method of, else the callable itself."""
+    function = _innermost(function)
+    if isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__self__", function)
 
 
 def _modules(source: Any, model: Any, guide: Any) -> dict[str, nn.Module]:
     """The outermost modules of the pair; a lone one needs no prefix, several are told apart by one."""
     found: dict[str, nn.Module] = {}
 
-    def add(prefix: str, candidate: Any) -> None:
+    def add(role: str, name: str, candidate: Any) -> None:
         if isinstance(candidate, nn.Module) and not any(candidate is known for known in _all_modules(found.values())):
-            found[prefix] = candidate
+            # two objects may call their networks by one name: both are trained
+            found[name if name not in found else f"{role}.{name}"] = candidate
 
-    add("", source)
-    for prefix, part in (("model", model), ("guide", guide)):
-        owner = getattr(part, "__self__", part)
-        add(prefix, owner)
-        if not isinstance(owner, nn.Module):
-            for name, value in vars(owner).items() if hasattr(owner, "__dict__") else ():
-                add(name, value)
+    add("program", "", source)
+    for role, part in (("model", model), ("guide", guide), ("program", source)):
+        owner = _owner(part)
+        add(role, role, owner)
+        if not isinstance(owner, nn.Module) and hasattr(owner, "__dict__"):
+            replaced = ("model", "guide") if owner is source else ()
+            for name, value in vars(owner).items():
+                if name not in replaced:
+                    add(role, name, value)
     if "" not in found and len(found) == 1 and "guide" not in found:
         return {"": next(iter(found.values()))}
     return found
@@ -152,9 +202,10 @@ def batch_arguments(
 
 
 def require_named(program: Program, keyword: str, why: str) -> None:
-    """Raise a `ProgramError` unless the model names ``keyword``."""
-    if not program.names(keyword):
-        raise ProgramError(f"{program.name}: {why}: add `{keyword}=None` to the signature of model and guide")
+    """Raise a `ProgramError` unless model and guide both name ``keyword``."""
+    for role in ("model", "guide"):
+        if keyword not in program.keywords[role]:
+            raise ProgramError(f"{program.name}: {why}: add `{keyword}=None` to the signature of its {role}")
 
 
 def training_mode(modules: Iterable[nn.Module], training: bool) -> list[tuple[nn.Module, bool]]:
@@ -173,4 +224,4 @@ def restore_mode(before: Iterable[tuple[nn.Module, bool]]) -> None:
 
 def floating_dtype(tensors: Iterable[Tensor]) -> torch.dtype | None:
     """The dtype of the first floating tensor, or None when there is none."""
-    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+    return next((t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class Site:
         observed: whether data stand at it.
         auxiliary: whether the guide marked it ``infer={"is_auxiliary": True}``.
         enumerated: "parallel", "sequential" or None, from its ``infer`` dictionary.
-        plates: the plates around it, outermost first.
+        plates: the plates around it, from the leftmost dim to the rightmost.
         event_dims: names for its event dimensions, from ``infer={"event_dims": (...)}``.
     """
 
@@ -123,14 +124,29 @@ def trace_structure(model: Any, guide: Any | None, batch: Batch) -> Structure:
         guide_trace = None
         if guide is not None:
             guide_trace = poutine.trace(guide).get_trace(*batch.args, **arguments)
-        replayed = model if guide_trace is None else poutine.replay(model, trace=guide_trace)
+        own = _OwnInfer()
+        replayed = own(model) if guide_trace is None else poutine.replay(own(model), trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*batch.args, **arguments)
     traces = [trace for trace in (model_trace, guide_trace) if trace is not None]
-    dims = [frame.dim for t in traces for n in t.nodes.values() for frame in n.get("cond_indep_stack", ()) if frame.vectorized]
+    nodes: list[Any] = [node for trace in traces for node in trace.nodes.values()]
+    dims = [frame.dim for node in nodes for frame in node.get("cond_indep_stack", ()) if frame.vectorized]
+    for name, infer in own.by_site.items():
+        model_trace.nodes[name]["infer"] = infer
     sites = _sites(model_trace)
     return Structure(
         sites, _sites(guide_trace) if guide_trace is not None else {}, _data_plate(sites, batch), -min(dims, default=0)
     )
+
+
+class _OwnInfer(Messenger):
+    """Keeps what the model says about its sites, in place of which replaying puts what the guide says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_site: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.by_site[msg["name"]] = dict(msg["infer"] or {})
 
 
 def _sites(trace: Any) -> dict[str, Site]:
@@ -145,8 +161,8 @@ def _sites(trace: Any) -> dict[str, Site]:
 
 def _site(node: Any) -> Site:
     infer = node["infer"]
-    frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
-    plates = tuple(Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in reversed(frames))
+    frames = sorted((frame for frame in node["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim)
+    plates = tuple(Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in frames)
     return Site(
         node["name"],
         node["fn"],
@@ -160,11 +176,9 @@ def _site(node: Any) -> Site:
 
 
 def _data_plate(sites: Mapping[str, Site], batch: Batch) -> str | None:
-    """The plate over the rows: called "data", else the outermost one around data that is as long as the batch."""
+    """The plate over the rows: called "data", else the leftmost one around data that is as long as the batch."""
     plates = [plate for site in sites.values() for plate in site.plates]
     if any(plate.name == "data" for plate in plates):
         return "data"
     around_data = [plate for site in sites.values() if site.observed for plate in site.plates]
     return next((p.name for p in around_data if p.rows == len(batch) and p.size == batch.size), None)
-
-

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Groups", "to_arviz"]
+__all__ = ["Groups", "loo", "to_arviz"]
 
 WITHOUT_DRAWS = ("observed_data",)
 
@@ -49,8 +49,9 @@ def to_arviz(groups: Groups) -> Any:
     }
     for group, dataset in datasets.items():
         datasets[group] = dataset.assign_coords({str(dim): np.arange(size) for dim, size in dataset.sizes.items()})
-    if hasattr(arviz, "InferenceData"):
-        return arviz.InferenceData(attrs=dict(groups.attrs), **datasets)
+    inference_data: Any = vars(arviz).get("InferenceData")  # to ask ArviZ 1.x for it by attribute makes it warn
+    if inference_data is not None:
+        return inference_data(attrs=dict(groups.attrs), **datasets)
     tree = xarray.DataTree.from_dict(datasets)
     tree.attrs.update(groups.attrs)
     return tree
@@ -60,7 +61,8 @@ def loo(data: Any, **options: Any) -> Any:
     """ArviZ's PSIS leave-one-out cross-validation of exported data."""
     import arviz
 
-    return arviz.loo(data, **options)
+    arviz_of_any_age: Any = arviz
+    return arviz_of_any_age.loo(data, **options)
 
 
 def _variable(group: str, value: Tensor, dims: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from oracles import mixture_of_labels_log_evidence
@@ -12,11 +13,13 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import nn
 
 import pyro_lvm as lvm
+from pyro_lvm.models.classifier_smoothness import BALANCE, CERTAINTY, RADIUS, classifier_smoothness
 
 
 def tiny(num_classes: int = 3, latent_dim: int = 1, **options: object) -> lvm.SemiSupervisedVAE:
     torch.manual_seed(0)
-    return lvm.SemiSupervisedVAE(4, num_classes, latent_dim, hidden=(6,), likelihood="normal", **options).double()  # type: ignore[arg-type]
+    settings = {"likelihood": "normal", "smoothness_weight": 0.0} | options
+    return lvm.SemiSupervisedVAE(4, num_classes, latent_dim, hidden=(6,), **settings).double()  # type: ignore[arg-type]
 
 
 def rows(n: int, seed: int = 0) -> torch.Tensor:
@@ -102,12 +105,43 @@ def test_auxiliary_loss_is_the_mean_over_labelled_rows_and_stays_out_of_the_boun
     expected = -7.0 * (log_q[1, 2] + log_q[3, 0] + log_q[4, 1]) / 3
     torch.testing.assert_close(ssvae.auxiliary_loss(x, y), expected)
     assert ssvae.auxiliary_loss(x, torch.full((5,), -1)).item() == 0.0
+    both = tiny(classifier_weight=7.0, smoothness_weight=3.0)
+    torch.manual_seed(1)
+    regulariser = classifier_smoothness(both.classifier, x, y < 0)
+    torch.manual_seed(1)
+    torch.testing.assert_close(both.auxiliary_loss(x, y), expected + 3.0 * regulariser)
     assert tiny(classifier_weight=0.0).auxiliary_loss(x, y).item() == 0.0
     fit = lvm.fit(ssvae, (x, y), steps=2, seed=0)
     assert fit.history["auxiliary_loss"][0] == pytest.approx(expected.item())
     parts = sum(v[0] for v in fit.history["reconstruction"].values()) - sum(v[0] for v in fit.history["kl"].values())
     assert fit.history["elbo"][0] == pytest.approx(parts)
     assert fit.history["loss"][0] == pytest.approx(-5 * fit.history["elbo"][0])
+
+
+def test_smoothness_of_a_linear_classifier_by_hand() -> None:
+    """The worst direction of two linear logits is along the difference of their weights, either way."""
+    x = rows(7)
+    classifier = nn.Linear(4, 2).double()
+    unlabelled = torch.arange(7) > 2
+    spread = np.sqrt(x.numpy().var(0).sum())
+    weight, bias = classifier.weight.detach().numpy(), classifier.bias.detach().numpy()
+    along = (weight[0] - weight[1]) / np.linalg.norm(weight[0] - weight[1])
+
+    def probabilities(points: np.ndarray) -> np.ndarray:
+        return scipy.special.softmax(points @ weight.T + bias, -1)
+
+    q = probabilities(x.numpy())
+    moved = [probabilities(x.numpy() + sign * RADIUS * spread * along) for sign in (1, -1)]
+    divergences = np.stack([(q * np.log(q / p)).sum(-1) for p in moved])
+    entropy = scipy.stats.entropy(q[3:], axis=-1).mean()
+    evenness = scipy.stats.entropy(q[3:].mean(0))
+    rest = CERTAINTY * (entropy - BALANCE * evenness)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        found = classifier_smoothness(classifier, x, unlabelled).item()
+        assert divergences.min(0).mean() - 1e-12 <= found - rest <= divergences.max(0).mean() + 1e-12
+        picked = classifier_smoothness(classifier, x[:1].expand(7, 4) + 1e-9 * x, unlabelled)
+        assert bool(picked.isfinite())
 
 
 def test_strata_hold_each_row_once_and_every_batch_has_labels() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO
+from torch import nn
 
 from pyro_lvm.check import check_pair
 from pyro_lvm.elbo.estimator import make_estimator
-from pyro_lvm.evaluation import Evaluation
+from pyro_lvm.evaluation import Evaluation, fresh_seed
 
 __all__ = ["ElboRow", "ElboTable", "compare_elbos"]
 
@@ -88,6 +89,7 @@ def compare_elbos(
 
     Raises:
         ProgramError: if an estimator does not suit the program.
+        TypeError: if one of ``elbos`` is not a Pyro ELBO.
         ValueError: if ``num_draws < 2``: a spread needs two.
 
     Example:
@@ -101,10 +103,11 @@ def compare_elbos(
     if num_draws < 2:
         raise ValueError(f"num_draws is {num_draws}: a standard error needs at least 2")
     evaluation = Evaluation.of(program, x)
+    seed = fresh_seed() if seed is None else seed
     return ElboTable(tuple(_measure(evaluation, elbo, num_draws, seed) for elbo in elbos))
 
 
-def _measure(evaluation: Evaluation, elbo: ELBO | type[ELBO], num_draws: int, seed: int | None) -> ElboRow:
+def _measure(evaluation: Evaluation, elbo: ELBO | type[ELBO], num_draws: int, seed: int) -> ElboRow:
     bound, size = evaluation.bound, len(evaluation.rows)
     with evaluation.running(seed):
         batch, structure = evaluation.whole()
@@ -112,7 +115,8 @@ def _measure(evaluation: Evaluation, elbo: ELBO | type[ELBO], num_draws: int, se
         check_pair(structure, estimator, batch)
         parameters = list(bound.trainable().values())
         kept = [parameter.grad for parameter in parameters]
-        losses, gradients, seconds = [], [], []
+        spread = _Spread(sum(parameter.numel() for parameter in parameters))
+        losses, seconds = [], []
         try:
             for _ in range(num_draws):
                 for parameter in parameters:
@@ -121,20 +125,38 @@ def _measure(evaluation: Evaluation, elbo: ELBO | type[ELBO], num_draws: int, se
                 loss, _ = estimator.step(bound, batch, parameters, None, size)
                 seconds.append(time.perf_counter() - started)
                 losses.append(loss.double())
-                gradients.append(torch.cat([_flat_gradient(parameter) for parameter in parameters]))
+                spread.add(parameters)
         finally:
             for parameter, gradient in zip(parameters, kept, strict=True):
                 parameter.grad = gradient
     values = -torch.stack(losses) / size
-    spread = torch.stack(gradients).double().var(0).sum().sqrt()
     return ElboRow(
         repr(estimator),
         values.mean().item(),
         values.std().item() / math.sqrt(num_draws),
-        spread.item(),
+        spread.result(),
         1e3 * sorted(seconds)[num_draws // 2],
     )
 
 
-def _flat_gradient(parameter: Any) -> torch.Tensor:
-    return torch.zeros(parameter.numel()) if parameter.grad is None else parameter.grad.detach().flatten().clone()
+class _Spread:
+    """Running variance of a gradient's entries (Welford's updates: the draws themselves would not fit)."""
+
+    def __init__(self, entries: int) -> None:
+        self.mean = torch.zeros(entries, dtype=torch.float64)
+        self.squares = torch.zeros(entries, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, parameters: list[nn.Parameter]) -> None:
+        self.count += 1
+        start = 0
+        for parameter in parameters:
+            part = slice(start, start := start + parameter.numel())
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            entries = gradient.detach().flatten().double().cpu()
+            shift = entries - self.mean[part]
+            self.mean[part] += shift / self.count
+            self.squares[part] += shift * (entries - self.mean[part])
+
+    def result(self) -> float:
+        return math.sqrt(self.squares.sum().item() / (self.count - 1))

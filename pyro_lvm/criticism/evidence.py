@@ -14,13 +14,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pyro_lvm.criticism.weights import draw_latent, local_log_weight, log_weight
-from pyro_lvm.data import Rows
+from pyro_lvm.criticism.weights import (
+    draw_latent,
+    local_log_weight,
+    log_weight,
+    point_estimates,
+    sampled_sites,
+    weighs_rows,
+)
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
-from pyro_lvm.structure import Structure
 
 __all__ = ["Evidence", "estimate_evidence", "log_evidence"]
 
@@ -53,7 +59,7 @@ class _LogMean:
         self.count += 1
 
     def result(self) -> Evidence:
-        size = torch.exp(2 * self.log_sum - self.log_sum_of_squares)
+        size = torch.exp(2 * self.log_sum - self.log_sum_of_squares).nan_to_num(nan=0.0)  # no draw had any weight
         variance = (1 / size - 1 / self.count).clamp(min=0.0)
         return Evidence(self.log_sum - math.log(self.count), variance.sqrt(), size)
 
@@ -94,13 +100,15 @@ def log_evidence(
     batch_size: int = 512,
     return_diagnostics: bool = False,
 ) -> Tensor | Evidence:
-    r"""log p(x) of every datum, in nats per datum.
+    r"""Log p(x) of every datum, in nats per datum.
 
     .. math:: \log p(x_i) \approx \log \frac1K \sum_{k=1}^K \frac{p(x_i, z_k)}{q(z_k \mid x_i)}
 
     Enumerated sites are summed out exactly in every weight. A program with latent variables that all data share
     (a posterior over parameters) has no evidence for one datum: every entry is then the joint
-    :math:`\log p(x_1, \ldots, x_n)` divided by n.
+    :math:`\log p(x_1, \ldots, x_n)` divided by n, and so are the entries of the standard error. The same goes for a
+    guide that draws the latents of all data jointly (full rank). Where the guide clamps a site to what is known (the
+    labels of a semi-supervised program) that knowledge is part of the data: the entry is log p(x_i, y_i).
 
     Args:
         program: a `Fit`, or anything that `fit` takes with a guide (evaluated at its present parameters).
@@ -116,6 +124,7 @@ def log_evidence(
 
     Raises:
         ValueError: if ``method="exact"`` and the program has no closed form, or ``num_samples < 1``.
+        ProgramError: if the guide is a point (``guide="map"``), which has no density to weigh draws by.
 
     When it is wrong: a guide that misses a mode or has lighter tails than the posterior gives too low a number with
     a small standard error. An effective sample size of a few says so; a large one does not prove the contrary.
@@ -137,9 +146,10 @@ def log_evidence(
     return evidence if return_diagnostics else evidence.log_evidence
 
 
+@torch.no_grad()
 def estimate_evidence(evaluation: Evaluation, num_samples: int, method: str, batch_size: int) -> Evidence:
     """`log_evidence` for a caller that has set up random state and parameters."""
-    structure, rows = evaluation.structure, evaluation.rows
+    structure = evaluation.structure
     if method != "importance":
         exact = _exact(evaluation, batch_size)
         if exact is not None:
@@ -149,62 +159,59 @@ def estimate_evidence(evaluation: Evaluation, num_samples: int, method: str, bat
                 f"{evaluation.bound.program.name} has no closed-form evidence: it has sampled latent sites and no "
                 "log_prob method. Use method='importance'"
             )
-    if structure.global_latent:
-        return _joint(evaluation, num_samples)
-    return _per_datum(evaluation, num_samples, batch_size)
+    points = point_estimates(structure)
+    if points:
+        raise ProgramError(
+            f"the guide of {', '.join(points)} is a point, without the density that importance weights divide by: fit "
+            "with guide='mean_field' (or another guide with a spread)"
+        )
+    return _estimate(evaluation, num_samples, batch_size)
 
 
 def _exact(evaluation: Evaluation, batch_size: int) -> Tensor | None:
     structure = evaluation.structure
-    if structure.global_latent:
-        return None
-    if not _sampled(structure):
-        return _per_datum(evaluation, 1, batch_size).log_evidence
+    if not sampled_sites(structure):
+        return _estimate(evaluation, 1, batch_size).log_evidence
     log_prob = evaluation.bound.program.hook("log_prob")
-    if log_prob is None:
+    if log_prob is None or structure.global_latent:
         return None
-    with torch.no_grad():
-        return torch.cat([log_prob(*b.args, **b.kwargs) for b in evaluation.rows.batches(batch_size)])
+    return torch.cat([log_prob(*b.args, **b.kwargs) for b in evaluation.rows.batches(batch_size)])
 
 
-def _sampled(structure: Structure) -> bool:
-    """Whether anything is drawn, so that one pass is not the whole truth."""
-    listed = {site.name for site in (*structure.enumerated_in_model, *structure.enumerated_in_guide)}
-    return any(site.name not in listed for site in structure.latent)
+def _estimate(evaluation: Evaluation, num_samples: int, batch_size: int) -> Evidence:
+    structure = evaluation.structure
+    if structure.global_latent or not weighs_rows(structure):
+        return _joint(evaluation, num_samples)
+    return _per_datum(evaluation, num_samples, batch_size)
 
 
 def _per_datum(evaluation: Evaluation, num_samples: int, batch_size: int) -> Evidence:
-    structure = evaluation.structure
+    bound, structure = evaluation.bound, evaluation.structure
     results = []
-    for batch in evaluation.rows.batches(batch_size):
-        mean: _LogMean | None = None
+    for batch in evaluation.rows.batches(_chunk(evaluation, batch_size)):
+        start = torch.full((len(batch),), -torch.inf, dtype=torch.float64)
+        mean = _LogMean(start, start.clone())
         for _ in range(num_samples):
-            weight = local_log_weight(draw_latent(evaluation.bound, structure, batch), structure.data_plate)
-            mean = mean or _LogMean(torch.full_like(weight, -torch.inf), torch.full_like(weight, -torch.inf))
-            mean.add(weight)
-        if mean is not None:
-            results.append(mean.result())
+            weight = local_log_weight(draw_latent(bound, structure, batch), structure.data_plate)
+            mean.add(weight.double().cpu())
+        results.append([column.to(weight) for column in mean.result()])
     return Evidence(*(torch.cat(column) for column in zip(*results, strict=True)))
 
 
+def _chunk(evaluation: Evaluation, batch_size: int) -> int | None:
+    """Rows at a time: all of them where the program cannot take a part."""
+    program = evaluation.bound.program
+    by_row = isinstance(program.guide, AutoGuide) and bool(evaluation.structure.local_latent)
+    return batch_size if program.names("size") and (not by_row or program.names("index")) else None
+
+
 def _joint(evaluation: Evaluation, num_samples: int) -> Evidence:
-    batch = _whole(evaluation.rows)
+    batch = evaluation.rows.whole()
     start = torch.full((), -torch.inf, dtype=torch.float64)
     mean = _LogMean(start, start.clone())
     for _ in range(num_samples):
-        mean.add(log_weight(draw_latent(evaluation.bound, evaluation.structure, batch)).double())
-    joint = mean.result()
+        weight = log_weight(draw_latent(evaluation.bound, evaluation.structure, batch))
+        mean.add(weight.double().cpu())
+    joint, error, size = (column.to(weight) for column in mean.result())
     n = evaluation.rows.size
-    return Evidence(
-        (joint.log_evidence / n).expand(n).clone(),
-        (joint.standard_error / n).expand(n).clone(),
-        joint.effective_sample_size.expand(n).clone(),
-    )
-
-
-def _whole(rows: Rows) -> Any:
-    if rows.loader is not None:
-        raise ProgramError(
-            "a program with latent variables that all data share needs all rows in one batch: pass arrays, not a loader"
-        )
-    return rows.whole()
+    return Evidence((joint / n).repeat(n), (error / n).repeat(n), size.repeat(n))

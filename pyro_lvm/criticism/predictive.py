@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.traceenum_elbo import _compute_marginals
+from pyro.distributions import Unit
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_lvm.criticism.evidence import estimate_evidence
@@ -15,18 +17,34 @@ from pyro_lvm.criticism.weights import (
     Draw,
     draw_enumerated,
     draw_latent,
+    draw_local,
+    enumerated_probabilities,
     local_log_weight,
     log_joint,
-    only_global,
+    sampled_sites,
+    weighs_rows,
 )
 from pyro_lvm.data import Batch
 from pyro_lvm.elbo.terms import is_random
-from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
 from pyro_lvm.posterior import Posterior
-from pyro_lvm.structure import Site
+from pyro_lvm.structure import Site, Structure
 
-__all__ = ["draw_posterior", "draw_prior", "log_likelihood", "log_predictive", "site_dims"]
+__all__ = [
+    "data_sites",
+    "draw_posterior",
+    "draw_prior",
+    "log_likelihood",
+    "log_predictive",
+    "mean_responsibilities",
+    "site_dims",
+    "site_shape",
+]
+
+
+def data_sites(structure: Structure) -> list[Site]:
+    """Observed sites that hold data; a `pyro.factor` holds none."""
+    return [site for site in structure.observed if not isinstance(site.fn, Unit)]
 
 
 def site_dims(site: Site) -> tuple[str, ...]:
@@ -43,6 +61,7 @@ def site_shape(site: Site) -> tuple[int, ...]:
     return (*(plate.rows for plate in plates), *site.fn.event_shape)
 
 
+@torch.no_grad()
 def draw_posterior(
     evaluation: Evaluation, num_draws: int, predictive: bool = False
 ) -> tuple[Posterior, dict[str, Tensor]]:
@@ -54,7 +73,8 @@ def draw_posterior(
     batch, structure = evaluation.whole()
     latent = structure.latent
     columns: dict[str, list[Tensor]] = {site.name: [] for site in latent}
-    predicted: dict[str, list[Tensor]] = {site.name: [] for site in structure.observed} if predictive else {}
+    observed = data_sites(structure) if predictive else []
+    predicted: dict[str, list[Tensor]] = {site.name: [] for site in observed}
     log_p, log_q = [], []
     for _ in range(num_draws):
         trace, joint, density = _one_draw(evaluation, batch)
@@ -64,7 +84,7 @@ def draw_posterior(
         log_q.append(density)
         if predictive:
             drawn = _predict(bound.model, trace, batch)
-            for site in structure.observed:
+            for site in observed:
                 predicted[site.name].append(drawn.nodes[site.name]["value"].reshape(site_shape(site)))
     posterior = Posterior(
         {name: torch.stack(values).cpu() for name, values in columns.items()},
@@ -78,37 +98,30 @@ def draw_posterior(
 def _one_draw(evaluation: Evaluation, batch: Batch) -> tuple[Any, Tensor, Tensor]:
     """A model trace with every latent drawn, log p(x, latents), and the log density it was drawn with."""
     bound, structure = evaluation.bound, evaluation.structure
-    plain = [site.name for site in structure.enumerated_in_guide]
-    with torch.no_grad(), poutine.block():
+    with poutine.block():
         guide_trace = poutine.trace(bound.guide).get_trace(*batch.args, **batch.named())
-    guide_log_prob = _log_prob(guide_trace)
+    density = _log_prob(guide_trace)
     if structure.enumerated_in_model:
         draw = draw_latent(bound, structure, batch, fixed=guide_trace)
-        if plain:
-            raise ProgramError(
-                f"{', '.join(plain)} is enumerated in the guide and {structure.enumerated_in_model[0].name} in the "
-                "model: draws from both at once are not known; enumerate all of them on one side"
-            )
-        summed = log_joint(draw)
         trace = draw_enumerated(bound, draw, batch)
         joint = _log_prob(trace)
-        return trace, joint, guide_log_prob + joint - summed
-    with torch.no_grad(), poutine.block():
+        return trace, joint, density + joint - log_joint(draw)
+    with poutine.block():
         replayed = poutine.replay(bound.model, trace=guide_trace)
         trace = poutine.trace(replayed).get_trace(*batch.args, **batch.named())
-    return trace, _log_prob(trace), guide_log_prob
+    return trace, _log_prob(trace), density
 
 
 def _log_prob(trace: Any) -> Tensor:
-    """The trace's log-probability without the plates' scale, shape ()."""
-    with torch.no_grad():
-        trace.compute_log_prob(site_filter=lambda name, node: is_random(node))
-    parts = [node["unscaled_log_prob"].sum() for node in trace.nodes.values() if is_random(node)]
+    """The trace's log-probability, masked but without the plates' scale, shape ()."""
+    trace.compute_log_prob(site_filter=lambda name, node: is_random(node))
+    nodes = [node for node in trace.nodes.values() if is_random(node)]
+    parts = [scale_and_mask(node["unscaled_log_prob"], mask=node["mask"]).sum() for node in nodes]
     return torch.as_tensor(sum(parts, torch.zeros(())))
 
 
 def _predict(model: Any, trace: Any, batch: Batch) -> Any:
-    with torch.no_grad(), poutine.block():
+    with poutine.block():
         free = poutine.uncondition(poutine.replay(model, trace=_without_data(trace)))
         return poutine.trace(free).get_trace(*batch.args, **batch.named())
 
@@ -121,12 +134,13 @@ def _without_data(trace: Any) -> Any:
     return kept
 
 
+@torch.no_grad()
 def draw_prior(evaluation: Evaluation, num_draws: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Draws of the latent sites from their prior, and of the observed ones given them; shapes (num_draws, ...)."""
     bound = evaluation.bound
     batch, structure = evaluation.whole()
     prior: dict[str, list[Tensor]] = {site.name: [] for site in structure.latent}
-    predicted: dict[str, list[Tensor]] = {site.name: [] for site in structure.observed}
+    predicted: dict[str, list[Tensor]] = {site.name: [] for site in data_sites(structure)}
     for _ in range(num_draws):
         drawn = _predict(bound.model, poutine.Trace(), batch)
         for columns in (prior, predicted):
@@ -138,8 +152,9 @@ def draw_prior(evaluation: Evaluation, num_draws: int) -> tuple[dict[str, Tensor
     )
 
 
+@torch.no_grad()
 def log_likelihood(evaluation: Evaluation, num_draws: int, num_samples: int) -> Tensor:
-    r"""log p(x_i | theta^{(s)}) of every datum, per-datum latents summed or averaged out; shape (draws, n).
+    r"""Log p(x_i | theta^{(s)}) of every datum, per-datum latents summed or averaged out; shape (draws, n), nats.
 
     A program without latent variables that all data share has one theta: the result then has one draw.
     """
@@ -147,47 +162,42 @@ def log_likelihood(evaluation: Evaluation, num_draws: int, num_samples: int) -> 
     if not structure.global_latent:
         return estimate_evidence(evaluation, num_samples, "auto", 512).log_evidence.unsqueeze(0).cpu()
     batch = evaluation.rows.whole()
-    sampled = _local_sampled(evaluation)
+    sampled = any(site.inside(structure.data_plate) for site in sampled_sites(structure))
     values = []
     for _ in range(num_draws):
-        draw = draw_latent(evaluation.bound, structure, batch)
-        weights = [local_log_weight(draw, structure.data_plate)]
-        held = only_global(draw, structure.data_plate)
-        for _ in range(num_samples - 1 if sampled else 0):
-            again = draw_latent(evaluation.bound, structure, batch, fixed=held)
-            weights.append(local_log_weight(again, structure.data_plate))
-        stacked = torch.stack(weights)
-        values.append(stacked.logsumexp(0) - torch.log(torch.tensor(float(len(weights)), dtype=stacked.dtype)))
+        shared = draw_latent(evaluation.bound, structure, batch)
+        weights = [_local_weight(evaluation, batch, shared) for _ in range(num_samples if sampled else 1)]
+        values.append(_log_mean(weights))
     return torch.stack(values).cpu()
 
 
-def _local_sampled(evaluation: Evaluation) -> bool:
-    listed = {s.name for s in (*evaluation.structure.enumerated_in_model, *evaluation.structure.enumerated_in_guide)}
-    return any(site.name not in listed for site in evaluation.structure.local_latent)
-
-
+@torch.no_grad()
 def log_predictive(evaluation: Evaluation, num_draws: int) -> Tensor:
-    r"""log of the mean over draws of p(x_i | theta, z_i), shape (n,), nats per datum."""
-    batch = evaluation.rows.whole()
-    structure = evaluation.structure
-    weights = [
-        local_log_weight(draw_latent(evaluation.bound, structure, batch), structure.data_plate)
-        for _ in range(num_draws)
-    ]
-    stacked = torch.stack(weights)
-    return (stacked.logsumexp(0) - torch.log(torch.tensor(float(num_draws), dtype=stacked.dtype))).cpu()
+    r"""Log of the mean over draws of p(x_i | theta), shape (n,), nats per datum."""
+    batch, structure = evaluation.rows.whole(), evaluation.structure
+    draws = (draw_latent(evaluation.bound, structure, batch) for _ in range(num_draws))
+    if weighs_rows(structure):
+        return _log_mean([local_log_weight(draw, structure.data_plate) for draw in draws]).cpu()
+    return _log_mean([_local_weight(evaluation, batch, draw) for draw in draws]).cpu()
 
 
+def _local_weight(evaluation: Evaluation, batch: Batch, shared: Draw) -> Tensor:
+    """Log w of each datum with its own latents drawn anew, shape (n,)."""
+    again = draw_local(evaluation.bound, evaluation.structure, batch, shared)
+    return local_log_weight(again, evaluation.structure.data_plate)
+
+
+def _log_mean(log_weights: list[Tensor]) -> Tensor:
+    return torch.stack(log_weights).logsumexp(0) - math.log(len(log_weights))
+
+
+@torch.no_grad()
 def mean_responsibilities(evaluation: Evaluation, num_draws: int) -> Mapping[str, Tensor]:
-    """p(k_i | x_i), averaged over draws of everything else, by enumerated site; shape (n, K), float64."""
+    """p(k_i | x_i), averaged over draws of everything else, by enumerated site; shape (*plates, K), float64."""
     batch = evaluation.rows.whole()
     totals: dict[str, Tensor] = {}
     for _ in range(num_draws):
-        draw: Draw = draw_latent(evaluation.bound, evaluation.structure, batch)
-        for name, marginal in _compute_marginals(draw.model_trace, draw.guide_trace).items():
-            support = marginal.enumerate_support(expand=True)
-            probabilities = marginal.log_prob(support).exp().movedim(0, -1).double()
-            totals[name] = totals.get(name, torch.zeros_like(probabilities)) + probabilities / num_draws
+        draw = draw_latent(evaluation.bound, evaluation.structure, batch)
+        for name, probabilities in enumerated_probabilities(draw).items():
+            totals[name] = totals.get(name, 0.0) + probabilities.double().cpu() / num_draws
     return totals
-
-

@@ -2,30 +2,46 @@ r"""Importance weights of one draw from the guide, with enumerated sites summed 
 
 .. math:: w_i = \frac{\sum_k p(x_i, k, z_i \mid \theta)}{q(z_i \mid x_i)}, \qquad E_q[w_i] = p(x_i \mid \theta)
 
-A site that the guide enumerates is summed over too, not weighted by q: its sum is exact whatever q says.
+A site that the guide enumerates is summed over too, not weighted by q: its sum is exact whatever q says. A site that
+the guide leaves to the model is drawn from its prior, and the prior cancels from the weight.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.infer import TraceEnum_ELBO
-from pyro.infer.traceenum_elbo import BackwardSampleMessenger
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
+from pyro.ops.rings import LogRing
 from torch import Tensor
+from torch.distributions import Independent
 
 from pyro_lvm.data import Batch
 from pyro_lvm.elbo.terms import is_random
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.parameters import BoundProgram
-from pyro_lvm.structure import Structure
+from pyro_lvm.structure import Site, Structure
 
-__all__ = ["Draw", "draw_latent", "local_log_weight", "log_weight", "only_global"]
+__all__ = [
+    "Draw",
+    "draw_enumerated",
+    "draw_latent",
+    "draw_local",
+    "enumerated_probabilities",
+    "local_log_weight",
+    "log_joint",
+    "log_weight",
+    "point_estimates",
+    "sampled_sites",
+    "weighs_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -56,77 +72,229 @@ def draw_latent(bound: BoundProgram, structure: Structure, batch: Batch, fixed: 
     for site in structure.enumerated_in_guide:
         if site.enumerated == "sequential":
             raise ProgramError(f"guide site {site.name!r} is enumerated sequentially: mark it 'parallel'")
-    estimator = TraceEnum_ELBO(max_plate_nesting=structure.max_plate_nesting, strict_enumeration_warning=False)
     guide = bound.guide if fixed is None else poutine.replay(bound.guide, trace=fixed)
-    with torch.no_grad(), poutine.block():
-        pairs = estimator._get_traces(bound.model, guide, batch.args, batch.named())
-        return Draw(*next(pairs))
+    return _enumerate(bound.model, guide, structure, batch)
 
 
-def only_global(draw: Draw, data_plate: str | None) -> Any:
-    """A trace of the guide's draws outside the data plate, to be held `fixed` in further draws."""
+def draw_local(bound: BoundProgram, structure: Structure, batch: Batch, draw: Draw) -> Draw:
+    """Draw the latents of each datum again, with what all data share held as in ``draw``.
+
+    Where the guide has no density for them by themselves (`weighs_rows`) they are drawn from the model.
+    """
+    if weighs_rows(structure):
+        held = _only(draw.guide_trace, lambda node: not _in_plate(node, structure.data_plate))
+        return draw_latent(bound, structure, batch, fixed=held)
+    shared = {site.name for site in structure.global_latent}
+    held = _only(draw.guide_trace, lambda node: node["name"] in shared)
+    return _enumerate(poutine.replay(bound.model, trace=held), lambda *_, **__: None, structure, batch)
+
+
+def sampled_sites(structure: Structure) -> list[Site]:
+    """Latent sites that are drawn, where the others are listed and summed out."""
+    listed = {site.name for site in (*structure.enumerated_in_model, *structure.enumerated_in_guide) if site.enumerable}
+    return [site for site in structure.latent if site.name not in listed]
+
+
+def weighs_rows(structure: Structure) -> bool:
+    """Whether the guide has a density q(z_i | theta) for the latents of each datum by themselves.
+
+    A guide of all data jointly (full rank) has none, and a point (MAP) has no density at all.
+    """
+    drawn = [site.name for site in structure.local_latent if site.name in structure.guide]
+    own = {f"{site.name}_unconstrained" for site in structure.global_latent}
+    between = [site.name for site in structure.guide.values() if site.name not in structure.model]
+    joint = [name for name in between if not structure.guide[name].inside(structure.data_plate)]
+    return not drawn or (own.issuperset(joint) and not set(drawn) & set(point_estimates(structure)))
+
+
+def point_estimates(structure: Structure) -> list[str]:
+    """Latent sites at which the guide has one value and no spread (``guide="map"``)."""
+    if any(site.name not in structure.model for site in structure.guide.values()):
+        return []  # an auxiliary site carries the spread, and a Delta its transformed value
+    return [site.name for site in structure.latent if _is_delta(structure.guide.get(site.name))]
+
+
+def _is_delta(site: Site | None) -> bool:
+    fn = None if site is None else site.fn
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
+def _enumerate(model: Callable[..., Any], guide: Callable[..., Any], structure: Structure, batch: Batch) -> Draw:
+    estimator = TraceEnum_ELBO(max_plate_nesting=structure.max_plate_nesting, strict_enumeration_warning=False)
+    configure: Any = poutine.infer_config  # its own types ask for Pyro's messages and nothing less
+    model, guide = (configure(function, config_fn=_without_repeats) for function in (model, guide))
+    with poutine.block():
+        return Draw(*next(estimator._get_traces(model, guide, batch.args, batch.named())))
+
+
+def _without_repeats(site: Any) -> dict[str, Any]:
+    """A site that a step draws several times at once is drawn once here, or listed if it can be."""
+    if site["infer"].get("num_samples") is None:
+        return {}
+    return {"num_samples": None} if site["fn"].has_enumerate_support else {"num_samples": None, "enumerate": None}
+
+
+def _only(trace: Any, wanted: Callable[[Any], bool]) -> Any:
     kept = poutine.Trace()
-    for name, node in draw.guide_trace.nodes.items():
-        if is_random(node) and not _in_plate(node, data_plate):
+    for name, node in trace.nodes.items():
+        if is_random(node) and wanted(node):
             kept.add_node(name, **node)
     return kept
 
 
 def local_log_weight(draw: Draw, data_plate: str | None) -> Tensor:
-    """log w for each datum given the global draws, shape (batch,); sites outside the data plate stay out of it."""
+    """Log w of each datum given the shared draws, shape (batch,), nats; sites outside the data plate stay out of it.
+
+    Raises:
+        ProgramError: if there is no plate over the rows, or a site outside it is enumerated.
+    """
     if data_plate is None:
         raise ProgramError(
             "the program has no plate over its rows, so nothing can be said per datum: write "
             'with pyro.plate("data", size or len(x), subsample=x) around what belongs to one datum'
         )
-    symbol = draw.model_trace.plate_to_symbol[data_plate]
-    factors, summed = _factors(draw, data_plate, local=True)
-    weight = contract_to_tensor(factors, summed, target_ordinal=frozenset({symbol}))
-    return weight.reshape(-1)
+    factors = _factors(draw.model_trace, draw.guide_trace, data_plate)
+    _refuse_shared_lists(draw, factors, data_plate)
+    return factors.contract(frozenset({draw.model_trace.plate_to_symbol[data_plate]})).reshape(-1)
 
 
-def log_weight(draw: Draw, data_plate: str | None = None) -> Tensor:
-    """log p(x, everything drawn) - log q(everything drawn) of the whole batch, enumerated sites summed out; shape ()."""
-    factors, summed = _factors(draw, data_plate, local=False)
-    return contract_to_tensor(factors, summed).reshape(())
+def log_weight(draw: Draw) -> Tensor:
+    """Log p(x, everything drawn) - log q(everything drawn) of the whole batch, enumerated sites summed; shape ()."""
+    return _factors(draw.model_trace, draw.guide_trace).contract().reshape(())
 
 
 def log_joint(draw: Draw) -> Tensor:
-    """log p(x, everything drawn) of the whole batch, enumerated sites summed out; shape ()."""
-    factors, summed = _factors(Draw(draw.model_trace, poutine.Trace()), None, local=False)
-    return contract_to_tensor(factors, summed).reshape(())
+    """Log p(x, everything drawn) of the whole batch, enumerated sites summed out; shape ()."""
+    return _factors(draw.model_trace, None).contract().reshape(())
 
 
 def draw_enumerated(bound: BoundProgram, draw: Draw, batch: Batch) -> Any:
-    """A trace of the model with the enumerated sites drawn from their exact conditional given the rest of ``draw``."""
-    with torch.no_grad(), poutine.block(), BackwardSampleMessenger(draw.model_trace, draw.guide_trace):
-        replayed = poutine.replay(bound.model, trace=draw.guide_trace)
-        return poutine.trace(replayed).get_trace(*batch.args, **batch.named())
+    """A trace of the model with its enumerated sites drawn from their exact conditional given the rest of ``draw``."""
+    factors = _factors(draw.model_trace, None)
+    drawn = _only(draw.guide_trace, lambda node: True)
+    for name, node in _listed_in_model(draw).items():
+        logits, symbols = factors.conditional(node)
+        choice = torch.distributions.Categorical(logits=logits).sample()
+        support = node["fn"].enumerate_support(expand=False)
+        event_shape = node["fn"].event_shape
+        value = support.reshape((logits.shape[-1], *event_shape))[choice]
+        dims = {frame.dim: frame.size for frame in node["cond_indep_stack"] if frame.vectorized}
+        batch_shape = [dims.get(dim, 1) for dim in range(min(dims, default=0), 0)]
+        infer = {key: what for key, what in node["infer"].items() if key == "event_dims"}
+        kept = {**node, "value": value.reshape((*batch_shape, *event_shape)), "infer": infer}
+        drawn.add_node(name, **kept)
+        choice._pyro_dims = symbols
+        factors.fix(node, choice)
+    with poutine.block():
+        return poutine.trace(poutine.replay(bound.model, trace=drawn)).get_trace(*batch.args, **batch.named())
+
+
+def enumerated_probabilities(draw: Draw) -> dict[str, Tensor]:
+    """P(k | everything drawn, x) of every site that the model enumerates; shape (*plates, K), plates from the left."""
+    factors = _factors(draw.model_trace, None)
+    return {name: factors.conditional(node)[0].softmax(-1) for name, node in _listed_in_model(draw).items()}
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Log-factors by the plates around them, ready to be summed over enumerated dims.
+
+    Attributes:
+        tree: packed tensors by their plates' symbols.
+        summed: symbols of the enumerated dims.
+        dims: the dim of each plate's symbol.
+        sizes: its rows.
+    """
+
+    tree: OrderedDict[frozenset[str], list[Tensor]]
+    summed: set[str]
+    dims: dict[str, int]
+    sizes: dict[str, int]
+
+    def contract(self, plates: frozenset[str] = frozenset(), keep: frozenset[str] = frozenset()) -> Tensor:
+        """All factors in one packed tensor over ``plates`` and the enumerated dims ``keep``."""
+        ring = LogRing(dim_to_size=self.sizes)
+        term: Tensor = contract_to_tensor(
+            self.tree, set(self.summed), target_ordinal=plates, target_dims=set(keep), ring=ring
+        )
+        return term
+
+    def conditional(self, node: Any) -> tuple[Tensor, str]:
+        """Unnormalised log p(k | the rest), shape (*plates, K), and the plates' symbols."""
+        symbol = node["infer"]["_enumerate_symbol"]
+        names = node["infer"]["_dim_to_symbol"]
+        plates = [names[dim] for dim in sorted(f.dim for f in node["cond_indep_stack"] if f.vectorized)]
+        if symbol not in self.summed:  # one value only: its dim has been squeezed away
+            return torch.zeros(*(self.sizes[plate] for plate in plates), 1), "".join(plates)
+        term: Any = self.contract(frozenset(plates), frozenset(symbol))
+        return term.permute([term._pyro_dims.index(name) for name in (*plates, symbol)]), "".join(plates)
+
+    def fix(self, node: Any, choice: Tensor) -> None:
+        """Put the drawn values of an enumerated site into every factor."""
+        symbol = node["infer"]["_enumerate_symbol"]
+        for terms in self.tree.values():
+            for i, term in enumerate(terms):
+                if symbol in term._pyro_dims:  # type: ignore[attr-defined]
+                    terms[i] = packed.gather(term, choice, symbol)
+        self.summed.discard(symbol)
+
+
+def _factors(model_trace: Any, guide_trace: Any | None, data_plate: str | None = None) -> _Factors:
+    """Log p and, with a guide, -log q, without the plates' scale; with a data plate only what lies inside it."""
+    symbols = model_trace.plate_to_symbol
+    tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    found = _Factors(tree, set(), {}, {})
+    for trace in (model_trace, guide_trace):
+        for name, node in trace.nodes.items() if trace is not None else ():
+            if not is_random(node) or (data_plate is not None and not _in_plate(node, data_plate)):
+                continue
+            if guide_trace is not None and trace is model_trace and _from_prior(name, node, guide_trace):
+                continue
+            parts = node["packed"]
+            listed = node["infer"].get("_enumerate_dim") is not None
+            # a masked row's label still has a prior, whose sum is one
+            mask = None if listed and trace is model_trace else parts["mask"]
+            factor = packed.scale_and_mask(parts["unscaled_log_prob"], mask=mask)
+            names = factor._pyro_dims
+            if trace is guide_trace:
+                # what the guide lists is summed over, within the guide's support
+                factor = torch.where(factor == -torch.inf, factor, 0.0) if listed else -factor
+            factor = factor + 0.0  # two terms must never be one tensor: the contraction tells them apart by identity
+            factor._pyro_dims = names
+            frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
+            tree.setdefault(frozenset(symbols[frame.name] for frame in frames), []).append(factor)
+            found.summed.update(names)
+            found.dims.update({symbols[frame.name]: frame.dim for frame in frames})
+            found.sizes.update({symbols[frame.name]: int(frame.size) for frame in frames})
+    found.summed.difference_update(symbols.values())
+    return found
+
+
+def _from_prior(name: str, node: Any, guide_trace: Any) -> bool:
+    return not node["is_observed"] and name not in guide_trace and node["infer"].get("_enumerate_dim") is None
+
+
+def _listed_in_model(draw: Draw) -> dict[str, Any]:
+    return {
+        name: node
+        for name, node in draw.model_trace.nodes.items()
+        if is_random(node) and name not in draw.guide_trace and node["infer"].get("_enumerate_dim") is not None
+    }
+
+
+def _refuse_shared_lists(draw: Draw, factors: _Factors, data_plate: str) -> None:
+    for trace in (draw.model_trace, draw.guide_trace):
+        for name, node in trace.nodes.items():
+            outside = is_random(node) and not _in_plate(node, data_plate)
+            if outside and node["infer"].get("_enumerate_symbol") in factors.summed:
+                raise ProgramError(
+                    f"site {name!r} is enumerated and shared by all data, so that they are not independent given the "
+                    "draws and nothing can be said per datum: ask for log_evidence (their joint), leave 'log_likelihood' "
+                    "out of an export's groups, or sample the site in the guide"
+                )
 
 
 def _in_plate(node: Any, plate: str | None) -> bool:
     return any(frame.name == plate for frame in node["cond_indep_stack"])
-
-
-def _factors(draw: Draw, data_plate: str | None, *, local: bool) -> tuple[OrderedDict[frozenset[str], list[Tensor]], set[str]]:
-    """log p and -log q by plates, without the plates' scale, and the symbols of enumerated dims."""
-    symbols = draw.model_trace.plate_to_symbol
-    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    dims: set[str] = set()
-    for sign, trace in ((1.0, draw.model_trace), (-1.0, draw.guide_trace)):
-        for node in trace.nodes.values():
-            if not is_random(node) or (local and not _in_plate(node, data_plate)):
-                continue
-            parts = node["packed"]
-            factor = packed.scale_and_mask(parts["unscaled_log_prob"], mask=parts["mask"])
-            names = factor._pyro_dims
-            if sign < 0:
-                # what the guide lists is summed over, within the guide's support
-                listed = node["infer"].get("_enumerate_dim") is not None
-                factor = torch.where(factor == -torch.inf, factor, 0.0) if listed else -factor
-            factor = factor + 0.0  # two terms must never be one tensor: the contraction tells them apart by identity
-            factor._pyro_dims = names  # type: ignore[attr-defined]
-            ordinal = frozenset(symbols[f.name] for f in node["cond_indep_stack"] if f.vectorized)
-            factors.setdefault(ordinal, []).append(factor)
-            dims |= set(names)
-    return factors, dims - set(symbols.values())

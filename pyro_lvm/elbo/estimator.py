@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    ELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    Trace_MMD,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
@@ -16,7 +25,7 @@ from pyro_lvm.elbo.terms import Terms, closed_form_kl, read_terms, watch_factors
 from pyro_lvm.parameters import BoundProgram
 from pyro_lvm.structure import Structure
 
-__all__ = ["Estimator", "make_estimator"]
+__all__ = ["Estimator", "make_estimator", "plain_estimator"]
 
 
 class Estimator:
@@ -28,7 +37,7 @@ class Estimator:
     """
 
     def __init__(self, elbo: ELBO, structure: Structure, reason: str) -> None:
-        self.elbo: Any = copy.copy(elbo)  # an ELBO caches what it learns about its first program
+        self.elbo: Any = cast("Any", copy.copy(elbo))  # an ELBO caches what it learns about its first program
         self.reason = reason
         vectorized = bool(self.elbo.vectorize_particles and self.elbo.num_particles > 1)
         self.elbo.max_plate_nesting = structure.max_plate_nesting + int(vectorized)
@@ -42,11 +51,11 @@ class Estimator:
         return f"{type(self.elbo).__name__}({', '.join(shown)})"
 
     def _keep_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        pair = self._trace_once(model, guide, args, kwargs)
+        pair: tuple[Any, Any] = self._trace_once(model, guide, args, kwargs)
         if isinstance(self.elbo, TraceEnum_ELBO):
             watch_factors(*pair)
         self._traces.append(pair)
-        return pair  # type: ignore[no-any-return]
+        return pair
 
     def step(
         self, bound: BoundProgram, batch: Batch, parameters: list[nn.Parameter], extra: Tensor | None, size: int
@@ -67,7 +76,8 @@ class Estimator:
         self._traces.clear()
         differentiable: Tensor | None = None
         if isinstance(self.elbo, TraceGraph_ELBO):
-            loss, differentiable = self.elbo._loss_and_surrogate_loss(model, guide, batch.args, arguments)
+            value, differentiable = self.elbo._loss_and_surrogate_loss(model, guide, batch.args, arguments)
+            loss = -value  # despite its name Pyro's function gives the bound
         elif hasattr(self.elbo, "differentiable_loss"):
             loss = differentiable = self.elbo.differentiable_loss(model, guide, *batch.args, **arguments)
         else:  # RenyiELBO takes its own gradients, where its traces show a parameter
@@ -75,31 +85,39 @@ class Estimator:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.div_(size)
-        terms = read_terms(self.elbo, self._traces, loss if isinstance(loss, Tensor) else None)
+        terms = read_terms(self.elbo, self._traces, differentiable)
         if differentiable is not None:
             per_datum = differentiable / size
             extra = per_datum if extra is None else per_datum + extra
-        if extra is not None:
-            extra.backward()  # type: ignore[no-untyped-call]
+        if extra is not None and extra.requires_grad:
+            extra.backward()
         self._traces.clear()
-        return torch.as_tensor(loss).detach(), terms.map(Tensor.detach)
+        return _as_tensor(loss, terms), terms.map(Tensor.detach)
 
     def evaluate(self, bound: BoundProgram, batch: Batch) -> tuple[Tensor, Terms]:
-        """The loss and the plain bound's parts on ``batch``, leaving every gradient alone."""
+        """The loss (nats of the whole data set) and the plain bound's parts on ``batch``; gradients are left alone."""
         self._traces.clear()
-        if isinstance(self.elbo, TraceEnum_ELBO):  # its parts are gradients
-            with torch.enable_grad():
-                loss = self.elbo.differentiable_loss(bound.model, bound.guide, *batch.args, **batch.named())
-        else:
-            with torch.no_grad():
-                loss = self.elbo.loss(bound.model, bound.guide, *batch.args, **batch.named())
-        terms = read_terms(self.elbo, self._traces, loss if isinstance(loss, Tensor) else None)
+        enumerated = isinstance(self.elbo, TraceEnum_ELBO)
+        evaluate = self.elbo.differentiable_loss if enumerated else self.elbo.loss
+        # the parts of an enumerated bound are gradients, but none with respect to parameters
+        model, guide = torch.no_grad()(bound.model), torch.no_grad()(bound.guide)
+        with torch.set_grad_enabled(enumerated):
+            loss = evaluate(model, guide, *batch.args, **batch.named())
+        terms = read_terms(self.elbo, self._traces, loss if enumerated else None)
         self._traces.clear()
-        return torch.as_tensor(loss).detach(), terms.map(Tensor.detach)
+        return _as_tensor(loss, terms), terms.map(Tensor.detach)
+
+
+def _as_tensor(loss: Tensor | float, terms: Terms) -> Tensor:
+    """Where Pyro gives a number, a tensor beside the terms that keeps all its digits."""
+    if isinstance(loss, Tensor):
+        return loss.detach()
+    return torch.tensor(loss, dtype=torch.float64, device=terms.elbo.device)
 
 
 def _marked(model: Any) -> Any:
     """``model`` with one parameter statement, the sign by which Pyro decides whether there is anything to train."""
+
     def marked(*args: Any, **kwargs: Any) -> Any:
         effectful(lambda *_, **__: torch.zeros(()), type="param")("_pyro_lvm", name="_pyro_lvm")
         return model(*args, **kwargs)
@@ -107,27 +125,31 @@ def _marked(model: Any) -> Any:
     return marked
 
 
+_NO_BOUNDS = (TraceTailAdaptive_ELBO, ReweightedWakeSleep, Trace_MMD)
+"""Pyro calls these ELBOs, but their losses are not numbers of one bound."""
+
+
 def make_estimator(elbo: ELBO | type[ELBO] | None, structure: Structure) -> Estimator:
     """The estimator that ``elbo`` asks for, or the one that suits ``structure`` when it is None.
 
     Raises:
-        TypeError: if ``elbo`` is not a Pyro ELBO, an ELBO class, or None.
+        TypeError: if ``elbo`` is not a Pyro ELBO, an ELBO class, or None; or is one whose steps cannot be read.
     """
     if elbo is None:
-        return _chosen(structure)
-    if inspect.isclass(elbo) and issubclass(elbo, ELBO):
-        return Estimator(elbo(), structure, "given")
-    if isinstance(elbo, ELBO):
-        return Estimator(elbo, structure, "given")
-    raise TypeError(f"elbo must be a Pyro ELBO such as Trace_ELBO(), a class of them, or None; got {elbo!r}")
+        return plain_estimator(structure)
+    kind = elbo if inspect.isclass(elbo) else type(elbo)
+    if not issubclass(kind, ELBO):
+        raise TypeError(f"elbo must be a Pyro ELBO such as Trace_ELBO(), a class of them, or None; got {elbo!r}")
+    name = kind.__name__
+    if name.startswith("Jit"):
+        raise TypeError(f"{name} replays the graph of its first batch, and no part can be read: use {name[3:]}()")
+    if issubclass(kind, _NO_BOUNDS):
+        raise TypeError(f"{name} has no bound for its loss: use Trace_ELBO(), or RenyiELBO() for a tighter one")
+    return Estimator(elbo if isinstance(elbo, ELBO) else elbo(), structure, "given")
 
 
 def plain_estimator(structure: Structure) -> Estimator:
-    """The estimator of the plain bound with the least noise that ``structure`` allows."""
-    return _chosen(structure)
-
-
-def _chosen(structure: Structure) -> Estimator:
+    """The estimator of the plain bound with the least noise that ``structure`` allows; its `reason` says why."""
     enumerated = [s.name for s in (*structure.enumerated_in_model, *structure.enumerated_in_guide)]
     if enumerated:
         why = f"chosen because {', '.join(enumerated)} is discrete and enumerated"

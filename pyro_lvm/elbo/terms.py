@@ -10,7 +10,7 @@ from one fact: an enumerated bound is (log-)linear in each factor, so its gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class Terms:
         zero = torch.zeros(())
         return sum(self.reconstruction.values(), zero) - sum(self.kl.values(), zero)
 
-    def map(self, function: Any) -> Terms:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Terms:
         """The terms with ``function`` applied to each."""
         return Terms(
             {k: function(v) for k, v in self.reconstruction.items()}, {k: function(v) for k, v in self.kl.items()}
@@ -127,18 +127,18 @@ def _sampled_terms(model_trace: Any, guide_trace: Any, analytic: bool) -> Terms:
 
 
 def _pair_up(model: dict[str, Tensor], guide: dict[str, Tensor]) -> dict[str, Tensor]:
-    """log q - log p by site; auxiliary guide sites go to the site they transform, else to all sites jointly."""
+    """Log q - log p by site; auxiliary guide sites go to the site they transform, else to all sites jointly."""
     kl = {name: -value for name, value in model.items()}
-    unplaced = []
+    unplaced: dict[str, Tensor] = {}
     for name, value in guide.items():
         target = name if name in kl else name.removesuffix("_unconstrained")
         if target in kl:
             kl[target] = kl[target] + value
         else:
-            unplaced.append(value)
+            unplaced[name] = value
     if unplaced and kl:
-        return {"+".join(kl): sum(kl.values(), sum(unplaced, torch.zeros(())))}
-    return kl
+        return {"+".join(kl): sum((*kl.values(), *unplaced.values()), torch.zeros(()))}
+    return kl or unplaced
 
 
 def watch_factors(model_trace: Any, guide_trace: Any) -> None:
@@ -159,41 +159,56 @@ def _factors(node: Any) -> list[Tensor]:
 
 def _enumerated_terms(traces: list[tuple[Any, Any]], loss: Tensor) -> Terms:
     """Expected log-factors by gradient; the log q of enumerated sites by the identity of the bound."""
-    nodes = [
-        (name, node, guide_trace)
-        for model_trace, guide_trace in traces
-        for name, node in model_trace.nodes.items()
-        if is_random(node)
-    ]
-    sampled = [(name, guide.nodes[name]) for name, node, guide in nodes if name in guide.nodes and not node["is_observed"]]
-    watched = {id(f): f for node in [n for _, n, _ in nodes] + [n for _, n in sampled] for f in _factors(node)}
-    gradients = torch.autograd.grad(loss, list(watched.values()), retain_graph=True, allow_unused=True)
-    gradient_of = dict(zip(watched, gradients, strict=True))
-
-    def expected(node: Any) -> Tensor:
-        """E_q[log-factor], scaled: minus the loss's gradient is the weight that the factor carries."""
-        for factor in _factors(node):
-            gradient = gradient_of[id(factor)]
-            if gradient is not None:
-                # a factor of weight nought may be -inf (a clamped label): it says nothing
-                return torch.where(gradient == 0, 0.0, -gradient * factor.detach()).sum()
-        return torch.zeros((), dtype=loss.dtype, device=loss.device)
-
+    expected = _expectations(traces, loss)
     reconstruction: dict[str, Tensor] = {}
-    kl: dict[str, Tensor] = {}
+    model_latent: dict[str, Tensor] = {}
+    guide_latent: dict[str, Tensor] = {}
     summed_out: dict[str, None] = {}
-    for name, node, guide_trace in nodes:
-        guide_node = guide_trace.nodes.get(name)
-        if node["is_observed"]:
-            reconstruction[name] = reconstruction.get(name, torch.zeros(())) + expected(node)
-        elif guide_node is None or {"_enumerate_dim", "_enum_total"} & set(guide_node["infer"]):
-            summed_out[name] = None
-        else:
-            kl[name] = kl.get(name, torch.zeros(())) - expected(guide_node) - expected(node)
+
+    def add(sums: dict[str, Tensor], node: Any) -> None:
+        sums[node["name"]] = sums.get(node["name"], torch.zeros(())) + expected(node)
+
+    for model_trace, guide_trace in traces:
+        for name, node in model_trace.nodes.items():
+            if not is_random(node):
+                continue
+            if node["is_observed"]:
+                add(reconstruction, node)
+            elif name not in guide_trace or _is_listed(guide_trace.nodes[name]):
+                summed_out[name] = None
+            else:
+                add(model_latent, node)
+        for name, node in guide_trace.nodes.items():
+            if is_random(node) and _is_listed(node):
+                summed_out[name] = None
+            elif is_random(node):
+                add(guide_latent, node)
+    kl = _pair_up(model_latent, guide_latent)
     if summed_out:
         zero = torch.zeros(())
         kl["+".join(summed_out)] = sum(reconstruction.values(), zero) - sum(kl.values(), zero) + loss.detach()
     return Terms(reconstruction, kl)
+
+
+def _is_listed(guide_node: Any) -> bool:
+    """Whether enumeration lists a guide site's values, all at once or one after another."""
+    return bool({"_enumerate_dim", "_enum_total"} & set(guide_node["infer"]))
+
+
+def _expectations(traces: list[tuple[Any, Any]], loss: Tensor) -> Callable[[Any], Tensor]:
+    """A function that gives E_q[log-factor] of a node, scaled: the loss's gradient is the weight a factor carries."""
+    nodes = [node for pair in traces for trace in pair for node in trace.nodes.values() if is_random(node)]
+    factors = {id(factor): factor for node in nodes for factor in _factors(node)}
+    gradients = torch.autograd.grad(loss, list(factors.values()), retain_graph=True, allow_unused=True)
+    weights = {key: gradient.abs() for key, gradient in zip(factors, gradients, strict=True) if gradient is not None}
+
+    def expected(node: Any) -> Tensor:
+        weighted = [(weights[id(factor)], factor.detach()) for factor in _factors(node) if id(factor) in weights]
+        # a factor of weight nought may be -inf (a clamped label): it says nothing
+        parts = [torch.where(weight == 0, 0.0, weight * factor).sum() for weight, factor in weighted]
+        return sum(parts, torch.zeros(()))
+
+    return expected
 
 
 def _value(tensor: Any) -> Tensor:

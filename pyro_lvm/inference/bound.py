@@ -33,9 +33,7 @@ class MeanElbo:
     passes: int
 
 
-def mean_elbo(
-    bound: BoundProgram, structure: Structure, rows: Rows, batch_size: int | None, seed: int
-) -> MeanElbo:
+def mean_elbo(bound: BoundProgram, structure: Structure, rows: Rows, batch_size: int | None, seed: int) -> MeanElbo:
     """The plain bound on all rows, averaged over passes until its standard error is at most 0.01 nats per datum."""
     estimator = plain_estimator(structure)
     chunk = _chunk(bound, structure, rows, batch_size)
@@ -43,8 +41,11 @@ def mean_elbo(
     drawn = any(site.name not in listed for site in structure.latent)
     with isolated(seed, validate=False), bound.holding(None):
         values = [_one_pass(estimator, bound, rows, chunk)]
-        while drawn and len(values) < MAX_PASSES and (len(values) < 3 or _standard_error(values) > TOLERANCE):
-            values.append(_one_pass(estimator, bound, rows, chunk))
+        try:
+            while drawn and len(values) < MAX_PASSES and (len(values) < 3 or _standard_error(values) > TOLERANCE):
+                values.append(_one_pass(estimator, bound, rows, chunk))
+        except KeyboardInterrupt:
+            pass  # who cannot wait gets the mean of what there is, with its standard error
     return MeanElbo(sum(values) / len(values), _standard_error(values) if drawn else 0.0, len(values))
 
 
@@ -65,11 +66,12 @@ def _chunk(bound: BoundProgram, structure: Structure, rows: Rows, batch_size: in
 
 
 def _one_pass(estimator: Estimator, bound: BoundProgram, rows: Rows, chunk: int | None) -> float:
-    total = 0.0
+    total, seen = 0.0, 0
     for batch in rows.batches(chunk):
         _, terms = estimator.evaluate(bound, batch)
-        total += terms.elbo.double().item() / len(rows) * (len(batch) / len(rows))
-    return total
+        total += terms.elbo.double().item() / len(rows) * len(batch)
+        seen += len(batch)  # a loader may leave rows out
+    return total / seen
 
 
 def _standard_error(values: list[float]) -> float:

@@ -12,12 +12,12 @@ full one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_lvm.data import Batch, Rows
+from pyro_lvm.program import Program, require_named
 
 __all__ = ["Order"]
 
@@ -32,9 +32,7 @@ class Order:
         seed: of the permutations.
     """
 
-    def __init__(
-        self, rows: Rows, batch_size: int | None, strata: list[tuple[Tensor, int]] | None, seed: int
-    ) -> None:
+    def __init__(self, rows: Rows, batch_size: int | None, strata: list[tuple[Tensor, int]] | None, seed: int) -> None:
         self.rows, self.seed = rows, seed
         self.batch_size = None if batch_size is None or batch_size >= len(rows) else batch_size
         self.strata = strata if self.batch_size is not None else None
@@ -64,9 +62,13 @@ class Order:
 
     def _stratified(self, rows: Rows, strata: list[tuple[Tensor, int]]) -> Iterator[tuple[Batch, float]]:
         total = sum(count for _, count in strata)
+        dtype = rows.dtype or torch.get_default_dtype()
         orders = [self._endless(numbers, count) for numbers, count in strata]
         weight = torch.cat(
-            [torch.full((count,), (len(numbers) / count) / (len(rows) / total)) for numbers, count in strata]
+            [
+                torch.full((count,), (len(numbers) / count) / (len(rows) / total), dtype=dtype)
+                for numbers, count in strata
+            ]
         )
         for _ in range(self.steps_per_epoch):
             yield rows.take(torch.cat([next(order) for order in orders]), weight), 1.0 / self.steps_per_epoch
@@ -81,22 +83,31 @@ class Order:
             pool = pool[count:]
 
 
-def strata_of(program: Any, rows: Rows, batch_size: int | None) -> list[tuple[Tensor, int]] | None:
+def strata_of(program: Program, rows: Rows, batch_size: int | None) -> list[tuple[Tensor, int]] | None:
     """What the program's ``strata`` hook asks for on these rows, or None.
 
     Raises:
         ValueError: if the strata leave out a row, hold one twice, or do not fill the batch.
+        ProgramError: if model or guide does not name ``weight``: the over-represented rows would count too much.
     """
     hook = program.hook("strata")
-    if hook is None or batch_size is None or batch_size >= len(rows) or rows.dataset or rows.loader:
+    in_arrays = rows.dataset is None and rows.loader is None
+    if hook is None or batch_size is None or batch_size >= len(rows) or not in_arrays:
         return None
+    asked = hook(*rows.args, **rows.kwargs, batch_size=batch_size)
     strata: list[tuple[Tensor, int]] = [
-        (numbers, count) for numbers, count in hook(*rows.args, **rows.kwargs, batch_size=batch_size) if len(numbers)
+        (torch.as_tensor(numbers).cpu(), int(count)) for numbers, count in asked if len(numbers)
     ]
-    covered = torch.cat([numbers for numbers, _ in strata]).sort().values
+    covered = torch.cat([torch.empty(0, dtype=torch.long), *(numbers for numbers, _ in strata)]).sort().values
     if not torch.equal(covered, torch.arange(len(rows))):
-        raise ValueError(f"strata() must hold each of the {len(rows)} rows once; it holds {len(covered)} numbers")
-    if sum(count for _, count in strata) != batch_size or any(count < 1 for _, count in strata):
-        counts = [count for _, count in strata]
+        raise ValueError(
+            f"strata() must hold each of the {len(rows)} row numbers once; it holds {len(covered)} numbers, "
+            f"{len(covered.unique())} of them distinct"
+        )
+    if len(strata) == 1:
+        return None
+    counts = [count for _, count in strata]
+    if sum(counts) != batch_size or min(counts) < 1:
         raise ValueError(f"strata() must fill a batch of {batch_size} with at least one row each; it asks for {counts}")
-    return strata if len(strata) > 1 else None
+    require_named(program, "weight", "its strata() over-represents some rows, whose weights must scale them back")
+    return strata

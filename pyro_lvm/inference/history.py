@@ -28,10 +28,12 @@ class HistoryRecorder:
         self.size = size
         self.columns: dict[str, Any] = {"loss": [], "elbo": [], "reconstruction": {}, "kl": {}}
         self._sums: dict[tuple[str, str], Tensor] = {}
+        self._shares = 0.0
         self._pending: list[dict[tuple[str, str], Tensor]] = []
 
     def add_step(self, loss: Tensor, terms: Terms, share: float, auxiliary: Tensor | None) -> None:
-        """Add one step; ``share`` is its part of the epoch's mean."""
+        """Add one step; ``share`` is its part of the epoch's mean, relative to the other steps'."""
+        self._shares += share
         values: dict[tuple[str, str], Tensor] = {("loss", ""): loss * share}
         for group, named in (("reconstruction", terms.reconstruction), ("kl", terms.kl)):
             for site, value in named.items():
@@ -43,12 +45,13 @@ class HistoryRecorder:
 
     def end_epoch(self) -> None:
         """Close the running epoch."""
-        self._pending.append(self._sums)
-        self._sums = {}
+        # the last epoch of `steps` may be cut short, and a loader may drop rows: the mean is of what was seen
+        self._pending.append({key: value / self._shares for key, value in self._sums.items()})
+        self.abandon_epoch()
 
     def abandon_epoch(self) -> None:
         """Forget the running epoch: it was interrupted."""
-        self._sums = {}
+        self._sums, self._shares = {}, 0.0
 
     @property
     def epochs(self) -> int:
@@ -81,9 +84,16 @@ class HistoryRecorder:
                     self.columns.setdefault(group, []).append(value)
 
     def _refuse_non_finite(self, values: dict[tuple[str, str], float]) -> None:
-        wrong = [f"{group} of {site!r}" if site else group for (group, site), v in values.items() if not math.isfinite(v)]
+        wrong = {
+            f"{group} of {site!r}" if site else group: v for (group, site), v in values.items() if not math.isfinite(v)
+        }
         if wrong:
-            raise NonFiniteError(
-                f"epoch {len(self.columns['loss']) + 1}: {', '.join(wrong)} became NaN or infinite. The last finite "
-                "parameters have been restored; try a smaller rate (lr=...), grad_clip_norm=..., or a floor on scales"
-            )
+            raise non_finite(len(self.columns["loss"]) + 1, ", ".join(wrong))
+
+
+def non_finite(epoch: int, what: str) -> NonFiniteError:
+    """The error for ``what`` became NaN or infinite in ``epoch``."""
+    return NonFiniteError(
+        f"epoch {epoch}: {what} became NaN or infinite. The last finite parameters have been restored; try a smaller "
+        "rate (lr=...), grad_clip_norm=..., or a floor on scales"
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from pyro.optim import PyroOptim
@@ -19,6 +18,11 @@ PEAK_RATE = 1e-2
 
 PEAK_RATE_OF_NETWORKS = 2e-3
 """The same where the program holds a neural network."""
+
+_PYRO = (
+    "optimizer is one of pyro.optim, which keep one optimiser for each parameter: pass the class of torch.optim that "
+    "it stands for (and lr=...)"
+)
 
 
 def make_optimizer(
@@ -35,7 +39,8 @@ def make_optimizer(
     Args:
         parameters: what is trained.
         optimizer: a torch optimiser class or factory, called with the parameters (and ``lr`` if that is given).
-        scheduler: a factory called with the optimiser; it is stepped after each step, a plateau each epoch.
+        scheduler: a factory called with the optimiser; it is stepped after each step, a plateau after each epoch with
+            minus the validation ELBO (or the training ELBO), nats per datum; plus, where its mode is "max".
         lr: the rate; alone it means Adam at that constant rate.
         total_steps: the length of the default one-cycle schedule.
         has_network: whether the default peak is the smaller one.
@@ -47,26 +52,36 @@ def make_optimizer(
     parameters = list(parameters)
     if lr is not None and not lr > 0:
         raise ValueError(f"lr is {lr}: the rate must be positive")
-    if isinstance(optimizer, PyroOptim):
-        name = optimizer.pt_optim_constructor.__name__
-        raise TypeError(
-            f"optimizer is a Pyro optimiser, which keeps one optimiser for each parameter: pass torch.optim.{name} "
-            "(and lr=...)"
-        )
+    of_pyro = not inspect.isclass(optimizer) and getattr(optimizer, "__module__", "").startswith("pyro.optim")
+    if isinstance(optimizer, PyroOptim) or of_pyro:
+        raise TypeError(_PYRO)
     if optimizer is not None and not callable(optimizer):
         raise TypeError(
-            f"optimizer must be a class or factory that takes the parameters, such as torch.optim.SGD; got {optimizer!r}"
+            "optimizer must be a class or factory that takes the parameters, such as torch.optim.SGD or "
+            f"lambda parameters: torch.optim.SGD(parameters, lr=0.1); got {optimizer!r}"
         )
+    if scheduler is not None and not callable(scheduler):
+        raise TypeError(f"scheduler must be a factory that takes the optimiser; got {scheduler!r}")
     if optimizer is None:
         rate = lr or (PEAK_RATE_OF_NETWORKS if has_network else PEAK_RATE)
         chosen: Optimizer = torch.optim.Adam(parameters, lr=rate, fused=_can_fuse(parameters))
     else:
         chosen = optimizer(parameters) if lr is None else optimizer(parameters, lr=lr)
+        if not isinstance(chosen, Optimizer):
+            raise TypeError(f"optimizer must make a torch.optim.Optimizer; it made {chosen!r}")
+        if inspect.signature(chosen.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise TypeError(
+                f"{type(chosen).__name__} evaluates the loss several times a step, which fit does not: choose an "
+                "optimiser of first order such as torch.optim.Adam"
+            )
     described = f"{type(chosen).__name__}(lr={chosen.param_groups[0]['lr']:g})"
     if scheduler is not None:
-        if not callable(scheduler):
-            raise TypeError(f"scheduler must be a factory that takes the optimiser; got {scheduler!r}")
         schedule = scheduler(chosen)
+        if not isinstance(schedule, LRScheduler | ReduceLROnPlateau):
+            raise TypeError(
+                "scheduler must make a torch.optim.lr_scheduler, such as lambda optimizer: StepLR(optimizer, 100); "
+                f"it made {schedule!r}"
+            )
         return chosen, schedule, f"{described}, {type(schedule).__name__}"
     if optimizer is None and lr is None:
         one_cycle = OneCycleLR(chosen, max_lr=chosen.param_groups[0]["lr"], total_steps=max(total_steps, 2))
@@ -79,6 +94,6 @@ def _can_fuse(parameters: list[nn.Parameter]) -> bool:
     return devices <= {"cpu", "cuda"} and all(parameter.is_floating_point() for parameter in parameters)
 
 
-def steps_each_epoch(schedule: Any) -> bool:
-    """Whether a schedule waits for an epoch's result instead of stepping with each step."""
-    return "metrics" in inspect.signature(schedule.step).parameters
+def plateau_step(schedule: ReduceLROnPlateau, elbo: float) -> None:
+    """Tell a plateau schedule the bound (nats per datum) in the direction that it watches."""
+    schedule.step(elbo if schedule.mode == "max" else -elbo)

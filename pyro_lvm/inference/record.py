@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_lvm.criticism.evidence import estimate_evidence
 from pyro_lvm.criticism.predictive import (
+    data_sites,
     draw_posterior,
     draw_prior,
     log_likelihood,
@@ -18,7 +20,7 @@ from pyro_lvm.criticism.predictive import (
     site_dims,
     site_shape,
 )
-from pyro_lvm.criticism.evidence import estimate_evidence
+from pyro_lvm.criticism.weights import point_estimates
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
 from pyro_lvm.parameters import BoundProgram, Snapshot
@@ -44,7 +46,7 @@ NO_LOO = (
 )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Fit:
     r"""What a fit found and how; frozen, and safe from whatever happens to the program's modules later.
 
@@ -95,31 +97,50 @@ class Fit:
 
         Returns:
             A `Posterior`; draws have shape (num_draws, *plates, *event).
+
+        Raises:
+            ValueError: if ``num_draws < 1``.
         """
-        evaluation = self._evaluation(x)
+        evaluation = Evaluation.of(self, x)
         with evaluation.running(seed):
-            return draw_posterior(evaluation, _at_least_one(num_draws))[0]
+            return draw_posterior(evaluation, _at_least_one(num_draws, "num_draws"))[0]
 
     def log_prob(self, x: Any, num_samples: int = 1000, seed: int | None = None) -> Tensor:
-        r"""log p(x_i), averaged over the posterior of the parameters where there is one; shape (n,), nats per datum.
+        r"""Log p(x_i), averaged over the posterior of the parameters where there is one; shape (n,), nats per datum.
 
         .. math:: \log p(x_i) \approx \log \frac1S \sum_s p(x_i \mid \theta^{(s)}), \quad \theta^{(s)} \sim q(\theta)
 
         Without a posterior over parameters this is `pyro_lvm.log_evidence`.
+
+        Args:
+            x: data as for `fit`.
+            num_samples: S, draws.
+            seed: of the draws; None for fresh ones.
+
+        Raises:
+            ValueError: if ``num_samples < 1``.
         """
-        evaluation = self._evaluation(x)
+        num_samples = _at_least_one(num_samples, "num_samples")
+        evaluation = Evaluation.of(self, x)
         with evaluation.running(seed):
             if evaluation.structure.global_latent:
-                return log_predictive(evaluation, _at_least_one(num_samples))
+                return log_predictive(evaluation, num_samples)
             return estimate_evidence(evaluation, num_samples, "auto", 512).log_evidence
 
     def responsibilities(self, x: Any, num_samples: int = 1000, seed: int | None = None) -> Tensor:
-        """p(component | x_i), averaged over the posterior of the parameters where there is one; shape (n, K).
+        """p(component | x_i), averaged over the posterior of the parameters where there is one; shape (n, K), float64.
+
+        Args:
+            x: data as for `fit`.
+            num_samples: draws of the other latents; without any there is nothing to draw.
+            seed: of the draws; None for fresh ones.
 
         Raises:
             ProgramError: unless the program enumerates exactly one site in its model.
+            ValueError: if ``num_samples < 1``.
         """
-        evaluation = self._evaluation(x)
+        num_samples = _at_least_one(num_samples, "num_samples")
+        evaluation = Evaluation.of(self, x)
         sites = [site.name for site in evaluation.structure.enumerated_in_model]
         if len(sites) != 1:
             raise ProgramError(
@@ -128,7 +149,7 @@ class Fit:
             )
         others = [site for site in evaluation.structure.latent if site.name not in sites]
         with evaluation.running(seed):
-            return mean_responsibilities(evaluation, _at_least_one(num_samples) if others else 1)[sites[0]]
+            return mean_responsibilities(evaluation, num_samples if others else 1)[sites[0]]
 
     def to_arviz(
         self,
@@ -160,42 +181,37 @@ class Fit:
             `arviz.InferenceData` (ArviZ 0.x) or `xarray.DataTree` (1.x).
 
         Raises:
-            ValueError: if a group is not known, or the export would be larger than ``max_bytes``.
+            ValueError: if a group is not known, a number of draws is below 1, or the export would be larger than
+                ``max_bytes``.
         """
         unknown = [group for group in groups if group not in GROUPS]
         if unknown:
             raise ValueError(f"groups {unknown} are not known: choose from {list(GROUPS)}")
-        evaluation = self._evaluation(x)
+        _at_least_one(num_draws, "num_draws")
+        _at_least_one(num_samples, "num_samples")
+        evaluation = Evaluation.of(self, x)
         values: dict[str, Mapping[str, Tensor]] = {}
-        with evaluation.running(seed):
+        with evaluation.running(0):
             _, structure = evaluation.whole()
-            _refuse_large(structure, len(evaluation.rows), _at_least_one(num_draws), groups, max_bytes)
+        _refuse_large(structure, len(evaluation.rows), num_draws, groups, max_bytes)
+        with evaluation.running(seed):
             if {"posterior", "posterior_predictive", "sample_stats"} & set(groups):
-                predictive = "posterior_predictive" in groups
-                posterior, predicted = draw_posterior(evaluation, num_draws, predictive)
+                posterior, predicted = draw_posterior(evaluation, num_draws, "posterior_predictive" in groups)
                 values["posterior"] = posterior.draws
                 values["posterior_predictive"] = predicted
                 values["sample_stats"] = {"lp": posterior.log_p, "lq": posterior.log_q}
             if {"prior", "prior_predictive"} & set(groups):
                 values["prior"], values["prior_predictive"] = draw_prior(evaluation, num_draws)
             if "log_likelihood" in groups and structure.data_plate is not None:
-                name = "+".join(site.name for site in structure.observed)
+                name = "+".join(site.name for site in data_sites(structure))
                 values["log_likelihood"] = {name: log_likelihood(evaluation, num_draws, num_samples)}
-        values["observed_data"] = {site.name: site.value for site in structure.observed}
+        values["observed_data"] = {site.name: site.value for site in data_sites(structure)}
         kept = {group: values[group] for group in groups if values.get(group)}
         dims = {site.name: site_dims(site) for site in structure.model.values()}
         named = {group: {name: dims.get(name, ()) for name in variables} for group, variables in kept.items()}
-        if "log_likelihood" in named and structure.data_plate is not None:
-            named["log_likelihood"] = dict.fromkeys(named["log_likelihood"], (structure.data_plate,))
-        attrs = {
-            "inference_library": "pyro_lvm",
-            "inference": "variational",
-            "program": self.info["program"],
-            "estimator": self.info["estimator"],
-            "elbo_nats_per_datum": self.elbo,
-            "loo": "pointwise log-likelihood over posterior draws" if structure.global_latent else f"refused: {NO_LOO}",
-        }
-        return to_arviz(Groups(kept, named, attrs))
+        if "log_likelihood" in named:
+            named["log_likelihood"] = dict.fromkeys(named["log_likelihood"], (str(structure.data_plate),))
+        return to_arviz(Groups(kept, named, self._attributes(structure)))
 
     def loo(self, x: Any, num_draws: int = 1000, *, seed: int | None = None, **options: Any) -> Any:
         """ArviZ's PSIS leave-one-out cross-validation of the posterior over parameters.
@@ -206,34 +222,49 @@ class Fit:
             seed: of the draws.
             **options: handed to ``arviz.loo``.
 
+        Returns:
+            What ``arviz.loo`` returns; its expected log predictive density is in nats of the data set.
+
         Raises:
             ProgramError: if there is no posterior over parameters: LOO then means nothing.
         """
-        if not self._evaluation(x).structure.global_latent:
+        if not _has_parameter_posterior(Evaluation.of(self, x).structure):
             raise ProgramError(f"{NO_LOO}. Give the parameters priors, or compare log_evidence on held-out data")
         return loo(self.to_arviz(x, num_draws, ("posterior", "log_likelihood"), seed=seed), **options)
 
-    def _evaluation(self, x: Any) -> Evaluation:
-        return Evaluation.of(self, x)
+    def _attributes(self, structure: Structure) -> dict[str, str | float]:
+        given = _has_parameter_posterior(structure)
+        return {
+            "inference_library": "pyro_lvm",
+            "inference": "variational",
+            "program": self.info["program"],
+            "estimator": self.info["estimator"],
+            "elbo_nats_per_datum": self.elbo,
+            "loo": "pointwise log-likelihood over posterior draws" if given else f"refused: {NO_LOO}",
+        }
 
 
-def _at_least_one(count: int) -> int:
+def _has_parameter_posterior(structure: Structure) -> bool:
+    """Whether all data share latents over which the guide spreads: a point (MAP) is no posterior."""
+    points = point_estimates(structure)
+    return any(site.name not in points for site in structure.global_latent)
+
+
+def _at_least_one(count: int, argument: str) -> int:
     if count < 1:
-        raise ValueError(f"the number of draws is {count}: ask for at least 1")
+        raise ValueError(f"{argument} is {count}: ask for at least 1")
     return count
 
 
-def _refuse_large(
-    structure: Structure, rows: int, num_draws: int, groups: Sequence[str], max_bytes: int
-) -> None:
+def _refuse_large(structure: Structure, rows: int, num_draws: int, groups: Sequence[str], max_bytes: int) -> None:
     def size(sites: Iterable[Site]) -> int:
         return num_draws * sum(math.prod(site_shape(site)) * site.value.element_size() for site in sites)
 
     sizes = {
         "posterior": size(structure.latent),
         "prior": size(structure.latent),
-        "posterior_predictive": size(structure.observed),
-        "prior_predictive": size(structure.observed),
+        "posterior_predictive": size(data_sites(structure)),
+        "prior_predictive": size(data_sites(structure)),
         "log_likelihood": rows * 8 * (num_draws if structure.global_latent else 1),
     }
     wanted = {group: sizes.get(group, 0) for group in groups}
@@ -241,8 +272,8 @@ def _refuse_large(
     if total > max_bytes:
         largest = max(wanted, key=lambda group: wanted[group])
         raise ValueError(
-            f"the export would take {total / 1e9:.2f} GB ({num_draws} draws of {rows} rows; {largest} alone "
-            f"{wanted[largest] / 1e9:.2f} GB), more than max_bytes={max_bytes / 1e9:.2f} GB: pass fewer rows, "
+            f"the export would take {total / 1e9:.3g} GB ({num_draws} draws of {rows} rows; {largest} alone "
+            f"{wanted[largest] / 1e9:.3g} GB), more than max_bytes={max_bytes / 1e9:.3g} GB: pass fewer rows, "
             f"num_draws={max(1, int(num_draws * max_bytes / total))}, groups=... without {largest!r}, or a larger "
             "max_bytes"
         )

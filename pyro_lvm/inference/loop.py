@@ -1,0 +1,160 @@
+"""The SVI loop: steps, epoch after epoch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pyro_lvm.data import Rows
+from pyro_lvm.errors import NonFiniteError, ProgramError
+from pyro_lvm.inference.bound import validation_elbo
+from pyro_lvm.inference.early_stopping import EarlyStopping
+from pyro_lvm.inference.epochs import Order
+from pyro_lvm.inference.history import HistoryRecorder, non_finite
+from pyro_lvm.inference.optimisation import plateau_step
+from pyro_lvm.inference.prepare import Prepared
+from pyro_lvm.inference.progress import EpochEnd, Progress
+from pyro_lvm.parameters import isolated
+from pyro_lvm.program import restore_mode, training_mode
+
+__all__ = ["Loop", "Watch"]
+
+STEPS_BETWEEN_READOUTS = 50
+"""Losses stay on the device for about so many steps; each read-out also keeps the parameters to fall back on."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on while the loop runs."""
+
+    callbacks: tuple[Callable[[EpochEnd], Any], ...]
+    stopping: EarlyStopping | None
+    held_out: Rows | None
+    seed: int
+    progress: bool | None
+
+
+class Loop:
+    """Steps, epoch after epoch."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        order: Order,
+        optimizer: Optimizer,
+        schedule: LRScheduler | ReduceLROnPlateau | None,
+        parameters: list[nn.Parameter],
+        grad_clip_norm: float | None,
+        total_steps: int,
+    ) -> None:
+        self.prepared, self.order = prepared, order
+        self.optimizer, self.schedule, self.parameters = optimizer, schedule, parameters
+        self.grad_clip_norm, self.total_steps = grad_clip_norm, total_steps
+        self.steps_done = 0
+        self.history = HistoryRecorder(len(order.rows))
+        self.last_finite = prepared.bound.snapshot()
+
+    def run(self, watch: Watch) -> str:
+        """Train; the outcome in words.
+
+        Raises:
+            NonFiniteError: if a loss or a parameter became NaN or infinite; the last finite parameters are back.
+            ProgramError: if a parameter turned up that the first call did not declare.
+        """
+        bound = self.prepared.bound
+        epochs = -(-self.total_steps // self.order.steps_per_epoch)
+        every_epoch = bool(watch.stopping or watch.held_out or watch.callbacks) or isinstance(
+            self.schedule, ReduceLROnPlateau
+        )
+        readout = 1 if every_epoch else max(1, STEPS_BETWEEN_READOUTS // self.order.steps_per_epoch)
+        before = training_mode(bound.modules, True)
+        try:
+            with Progress(epochs, watch.progress) as bar:
+                for epoch in range(epochs):
+                    with warnings.catch_warnings():
+                        # Pyro warns of each such loss; here the first one read out is an error
+                        warnings.filterwarnings("ignore", r"Encountered (NaN|\+?inf)", UserWarning)
+                        self._epoch(epoch)
+                    if (epoch + 1) % readout == 0 or epoch + 1 == epochs:
+                        self._read_out()
+                        stop = self._watched(watch, epoch)
+                        bar.show(epoch + 1, self.history.columns)
+                        if stop:
+                            return f"early stopping after {epoch + 1} epochs"
+        except KeyboardInterrupt:
+            self.history.abandon_epoch()
+            self._read_out()
+            if watch.held_out is not None:
+                self._validate(watch.held_out, watch.seed)
+            return f"interrupted after {self.history.epochs} epochs"
+        finally:
+            restore_mode(before)
+            self.optimizer.zero_grad(set_to_none=True)
+        return "finished"
+
+    def _epoch(self, number: int) -> None:
+        estimator, bound = self.prepared.estimator, self.prepared.bound
+        auxiliary_loss, size = self.prepared.auxiliary_loss, len(self.order.rows)
+        for batch, share in self.order.epoch(number):
+            self.optimizer.zero_grad(set_to_none=True)
+            auxiliary = None if auxiliary_loss is None else auxiliary_loss(*batch.args, **batch.named())
+            loss, terms = estimator.step(bound, batch, self.parameters, auxiliary, size)
+            if self.grad_clip_norm is not None:
+                clip_grad_norm_(self.parameters, self.grad_clip_norm)
+            self.optimizer.step()
+            if self.schedule is not None and not isinstance(self.schedule, ReduceLROnPlateau):
+                self.schedule.step()
+            self.steps_done += 1
+            self.history.add_step(loss, terms, share, None if auxiliary is None else auxiliary.detach())
+            if self.steps_done == self.total_steps:
+                break
+        self.history.end_epoch()
+
+    def _read_out(self) -> None:
+        """Read the losses; see that all is finite and that nothing is left untrained."""
+        bound = self.prepared.bound
+        snapshot = bound.snapshot()
+        try:
+            self.history.flush()
+            finite = [(name, torch.isfinite(p).all()) for name, p in bound.trainable().items()]
+            if not bool(torch.stack([flag for _, flag in finite]).all()):
+                # a finite loss may have an infinite gradient, and would be known to have only after the next step
+                wrong = [name for name, flag in finite if not bool(flag)]
+                raise non_finite(self.history.epochs, f"parameter {', '.join(wrong)}")
+        except NonFiniteError:
+            bound.load(self.last_finite)
+            raise
+        late = [name for name in bound.trainable() if name not in self.last_finite]
+        if late:
+            raise ProgramError(
+                f"parameter {', '.join(late)} turned up after the first step and would never be trained: declare every "
+                "parameter in every call of model or guide"
+            )
+        self.last_finite = snapshot
+
+    def _watched(self, watch: Watch, epoch: int) -> bool:
+        """Validate, tell the callbacks, and say whether to stop; none of it touches the noise of the steps."""
+        columns = self.history.columns
+        if watch.held_out is not None:
+            self._validate(watch.held_out, watch.seed)
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            plateau_step(self.schedule, columns.get("validation_elbo", columns["elbo"])[-1])
+        stop = watch.stopping is not None and watch.stopping.should_stop(columns[watch.stopping.monitor])
+        for callback in watch.callbacks:
+            with isolated(None):
+                stop = callback(EpochEnd(epoch + 1, columns, self.prepared.bound.program.source)) is True or stop
+        return stop
+
+    def _validate(self, held_out: Rows, seed: int) -> None:
+        """The validation ELBO of the last epoch, unless it is known."""
+        values = self.history.columns.setdefault("validation_elbo", [])
+        if len(values) < len(self.history.columns["elbo"]):
+            values.append(validation_elbo(self.prepared.bound, self.prepared.structure, held_out, seed))

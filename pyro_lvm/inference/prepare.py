@@ -1,0 +1,244 @@
+"""Before the first step: place, trace, check, initialise. What raises here has moved nothing in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+
+from pyro_lvm.check import check_pair, check_support, traced
+from pyro_lvm.data import Batch, Rows
+from pyro_lvm.elbo.estimator import Estimator, make_estimator
+from pyro_lvm.errors import ProgramError
+from pyro_lvm.evaluation import batch_to_trace
+from pyro_lvm.guides import make_guide
+from pyro_lvm.parameters import BoundProgram, Untouched, bind
+from pyro_lvm.program import Program, floating_dtype, row_keywords
+from pyro_lvm.structure import Structure
+
+__all__ = ["Prepared", "Request", "placed", "prepare", "reset"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be fitted to what.
+
+    Attributes:
+        program: the program; its guide is None where one has to be built.
+        rows: the data, cast and placed.
+        held_out: validation data, or None.
+        recipe: the guide to build, as `make_guide` takes it, or None.
+        elbo: the estimator asked for.
+        batch_size: rows in a step; None for all.
+        seed: of initialisation.
+        check: whether to check pair and data.
+        fresh: whether modules that functions register are to be initialised again.
+    """
+
+    program: Program
+    rows: Rows
+    held_out: Rows | None
+    recipe: Any
+    elbo: ELBO | type[ELBO] | None
+    batch_size: int | None
+    seed: int
+    check: bool
+    fresh: bool
+
+    @property
+    def minibatches(self) -> bool:
+        """Whether a step may see a part of the rows."""
+        return self.rows.loader is not None or (self.batch_size is not None and self.batch_size < len(self.rows))
+
+    def first(self) -> Batch:
+        """Rows to trace the program on."""
+        if self.minibatches and self.batch_size is not None:
+            return self.rows.first(self.batch_size)
+        return self.rows.first(batch_to_trace(self.program, self.rows))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that the loop needs, checked."""
+
+    bound: BoundProgram
+    structure: Structure
+    estimator: Estimator
+    auxiliary_loss: Callable[..., Tensor] | None
+
+
+def placed(
+    program: Program, rows: Rows, held_out: Rows | None, device: torch.device | str | None
+) -> tuple[Rows, Rows | None, list[str]]:
+    """Send modules and rows to one device and one floating dtype, the data's; say what was cast."""
+    tensors = [value for value in rows.first(1).tensors().values() if isinstance(value, Tensor)]
+    dtype = floating_dtype(tensors)
+    place = torch.device(device) if device is not None else tensors[0].device if tensors else torch.device("cpu")
+    rows = replace(rows, dtype=dtype, device=place)
+    cast: list[str] = []
+    for module in program.modules.values():
+        _place(module, rows, cast)
+    return rows, None if held_out is None else replace(held_out, dtype=dtype, device=place), cast
+
+
+def _place(module: nn.Module, rows: Rows, cast: list[str]) -> None:
+    before = floating_dtype(module.parameters())
+    module.to(device=rows.device, dtype=rows.dtype)
+    text = f"parameters {before} -> {rows.dtype}"
+    if rows.dtype is not None and before not in (None, rows.dtype) and text not in cast:
+        cast.append(text)
+
+
+def reset(modules: Iterable[nn.Module]) -> None:
+    """Initialise modules again.
+
+    Raises:
+        ValueError: if a parameter belongs to no layer that can be, naming it.
+    """
+    for module in modules:
+        whole: Any = module
+        if callable(getattr(whole, "reset_parameters", None)):
+            whole.reset_parameters()
+            continue
+        done: set[int] = set()
+        layers: list[Any] = list(module.modules())
+        for layer in layers:
+            if callable(getattr(layer, "reset_parameters", None)):
+                layer.reset_parameters()
+                done |= {id(parameter) for parameter in layer.parameters()}
+        left = [name for name, parameter in nn.Module.named_parameters(module) if id(parameter) not in done]
+        if left:
+            raise ValueError(
+                f"fresh=True cannot initialise {', '.join(left)} of {type(module).__name__} again: give the module a "
+                "reset_parameters() method, or make a new one"
+            )
+
+
+def prepare(request: Request, untouched: Untouched, cast: list[str]) -> Prepared:
+    """Trace, check, initialise, and build a guide where there is none.
+
+    Args:
+        request: what is to be fitted.
+        untouched: is shown the modules that functions register before anything happens to them.
+        cast: is told what was cast.
+
+    Raises:
+        ProgramError: if model, guide and estimator do not belong together.
+        ValueError: if the data do not fit the program.
+        TypeError: if model or guide cannot be called with the data.
+    """
+    program, rows = request.program, request.rows
+    if request.minibatches and not program.names("size"):
+        raise ProgramError(
+            f"{program.name} is to be fitted {request.batch_size or 'some'} rows at a time out of {len(rows)}, but its "
+            "signature does not name `size`, by which its plate is scaled: write model(x, size=None) and "
+            'pyro.plate("data", size or len(x), subsample=x)'
+        )
+
+    def meet(module: nn.Module) -> None:
+        untouched.remember(module)
+        _place(module, rows, cast)
+        if request.fresh:
+            reset([module])
+
+    rows.refuse_non_finite("data")
+    first = request.first()
+    program.require_arguments(*first.data())
+    bound, structure = _bind(request, first, meet)
+    estimator = make_estimator(request.elbo, structure)
+    if request.check:
+        check_pair(structure, estimator, first)
+        check_support(structure, first, rows, request.batch_size or len(rows))
+    if request.held_out is not None:
+        _refuse_rows_unknown(request.held_out, len(rows), bound, structure)
+        _check_held_out(request.held_out, bound, request.check)
+    if program.guide is not None:
+        _initialize(program, rows, request.seed)
+    if not bound.trainable():
+        raise ProgramError(
+            f"{program.name} has no parameter to train: declare one with pyro.param, or pass the module that holds "
+            "them as the program (or register it with pyro.module)"
+        )
+    bound.functions.meet = None
+    return Prepared(bound, structure, estimator, _auxiliary(bound, first))
+
+
+def _bind(request: Request, first: Batch, meet: Callable[[nn.Module], None]) -> tuple[BoundProgram, Structure]:
+    program, rows = request.program, request.rows
+    if program.guide is not None:
+        bound = BoundProgram(program, None, rows.dtype, rows.device, meet)
+        return bound, traced(bound.model, bound.guide, first)
+    alone = BoundProgram(program.with_guide(lambda *args, **kwargs: None), None, rows.dtype, rows.device, meet)
+    model_only = traced(alone.model, None, first)
+    _initialize(program, rows, request.seed)
+    start = program.hook("initial_values")
+
+    def build(model: Callable[..., Any]) -> Callable[..., Any]:
+        return make_guide(
+            model,
+            model_only,
+            request.recipe or "mean_field",
+            names_index=program.names("index"),
+            minibatches=request.minibatches,
+            start=start() if start is not None else None,
+        )
+
+    bound = BoundProgram(program, build, rows.dtype, rows.device, meet)
+    return bound, traced(bound.model, bound.guide, first)
+
+
+def _refuse_rows_unknown(held_out: Rows, size: int, bound: BoundProgram, structure: Structure) -> None:
+    """Refuse validation with a guide that has parameters for each row: it would give one row's to another."""
+    guide = bound.program.guide
+    local = [site.name for site in structure.local_latent if site not in structure.enumerated_in_model]
+    by_row = [name for name, p in bound.functions.unconstrained.items() if size in p.shape]
+    if local and isinstance(guide, AutoGuide):
+        what = f"site {local[0]!r} has parameters for each datum in guide {type(guide).__name__}"
+    elif local and by_row and "index" in bound.program.keywords["guide"]:
+        what = f"parameter {by_row[0]!r} has a value for each of the {size} rows, and the guide takes `index`"
+    else:
+        return
+    raise ProgramError(
+        f"{what}, so it knows nothing of the {len(held_out)} rows of validation data: fit without validation=, or "
+        "write a guide that is a function of x"
+    )
+
+
+def _check_held_out(held_out: Rows, bound: BoundProgram, check: bool) -> None:
+    held_out.refuse_non_finite("validation")
+    first = held_out.first(batch_to_trace(bound.program, held_out))
+    bound.program.require_arguments(*first.data())
+    try:
+        structure = traced(bound.model, bound.guide, first)
+        if check:
+            check_support(structure, first, held_out, len(held_out))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"validation does not fit the program: {error}") from error
+
+
+def _initialize(program: Program, rows: Rows, seed: int) -> None:
+    hook = program.hook("initialize")
+    if hook is not None:
+        batch = rows.whole()
+        hook(*batch.args, **batch.kwargs, seed=seed)
+
+
+def _auxiliary(bound: BoundProgram, first: Batch) -> Callable[..., Tensor] | None:
+    """The program's `auxiliary_loss` with the fit's parameters, tried once."""
+    hook = bound.program.hook("auxiliary_loss")
+    if hook is None:
+        return None
+    loss = bind(hook, row_keywords(hook), bound.functions)
+    with torch.no_grad():
+        value = loss(*first.args, **first.named())
+    if not isinstance(value, Tensor) or value.shape != ():
+        came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ProgramError(
+            f"auxiliary_loss must give one number, a tensor of shape () in nats per datum; it gave {came}"
+        )
+    return loss
