@@ -100,10 +100,10 @@ def fit_ppca(images: Handwriting, epochs: Callable[[int], int], batch_size: int,
 
 def fit_vae(images: Handwriting, epochs: Callable[[int], int], batch_size: int, folder: Path) -> Row:
     """A VAE with a learned noise scale, judged on images it has not seen."""
-    vae = lvm.VAE(num_features=images.x.shape[-1], latent_dim=10, hidden=(200,), likelihood="normal")
-    fit = lvm.fit(
-        vae, images.x, epochs=epochs(100), batch_size=batch_size, seed=0, validation=images.x_test, progress=None
-    )
+    num_features = images.x.shape[-1]
+    likelihood = lvm.likelihoods.Normal(num_features, initial_scale=0.2)
+    vae = lvm.VAE(num_features, latent_dim=10, hidden=(200,), likelihood=likelihood)
+    fit = lvm.fit(vae, images.x, epochs=epochs(200), batch_size=batch_size, seed=0, validation=images.x_test)
     evidence = lvm.log_evidence(fit, images.x[:1000], num_samples=200, seed=0)
     plots = lvm.plots
     plots.loss(fit).savefig(folder / "vae_loss.png")
@@ -117,7 +117,8 @@ def fit_vae(images: Handwriting, epochs: Callable[[int], int], batch_size: int, 
 def fit_semi_supervised_vae(images: Handwriting, epochs: Callable[[int], int], batch_size: int, folder: Path) -> Row:
     """A hundred labels; the other images' labels are summed out."""
     y = lvm.datasets.hide_labels(images.y, keep=100, seed=0)
-    ssvae = lvm.SemiSupervisedVAE(images.x.shape[-1], num_classes=10, latent_dim=10, hidden=(200,), likelihood="normal")
+    likelihood = lvm.likelihoods.Normal(images.x.shape[-1], initial_scale=0.2)
+    ssvae = lvm.SemiSupervisedVAE(images.x.shape[-1], 10, latent_dim=10, hidden=(200,), likelihood=likelihood)
     fit = lvm.fit(ssvae, (images.x, y), epochs=epochs(60), batch_size=batch_size, seed=0)
     evidence = lvm.log_evidence(fit, (images.x[:1000], y[:1000]), num_samples=100, seed=0)
     accuracy = (ssvae.classify(images.x_test).argmax(-1) == images.y_test).double().mean().item()

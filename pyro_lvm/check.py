@@ -23,10 +23,12 @@ from pyro_lvm.structure import Plate, Site, Structure, trace_structure
 
 __all__ = ["check_pair", "check_support", "traced"]
 
+_SCALE_TO_UNIT = "scale the data to [0, 1], or use likelihood 'normal'"
 _MENDS = {
     "Bernoulli": "make them 0 or 1 (`binarize=` of the data sets, or x > threshold), or use a likelihood of values "
     "in between, such as 'continuous_bernoulli' or 'normal'",
-    "ContinuousBernoulli": "scale the data to [0, 1], or use likelihood 'normal'",
+    "ContinuousBernoulli": _SCALE_TO_UNIT,
+    "TiltedUniform": _SCALE_TO_UNIT,
     "Poisson": "pass counts 0, 1, 2, ..., or use likelihood 'normal'",
     "Categorical": "number the categories from 0 and raise their number to cover all that occur",
 }

@@ -37,10 +37,20 @@ def to_arviz(groups: Groups) -> Any:
 
     Returns:
         `arviz.InferenceData` under ArviZ 0.x, `xarray.DataTree` under 1.x.
+
+    Raises:
+        ValueError: if a dim bears the name of a site.
     """
     import arviz
     import xarray
 
+    for group, variables in groups.values.items():
+        named = {dim for name in variables for dim in groups.dims[group][name]}
+        for clash in named & set(variables):
+            raise ValueError(
+                f"{clash!r} names both a site and a dim in group {group!r}, and xarray would take the site for the "
+                f'dim\'s coordinates: give the dim another name in infer={{"event_dims": (...)}} or rename the plate'
+            )
     datasets = {
         group: xarray.Dataset(
             {name: _variable(group, value, groups.dims[group][name]) for name, value in variables.items()}

@@ -76,8 +76,10 @@ def test_labelled_rows_do_not_train_the_classifier_through_the_bound() -> None:
 
 def test_evidence_sums_over_unknown_labels_and_keeps_known_ones() -> None:
     ssvae, x = tiny(), rows(3)
-    with torch.no_grad():  # the encoder is not trained: a decoder that says little keeps the weights even
+    with torch.no_grad():  # the encoder is not trained: a proposal near the posterior keeps the weights even
         ssvae.decoder.rest.layers[-1].weight.mul_(0.3)
+        ssvae.encoder.network.rest.layers[-1].weight.mul_(0.1)
+        ssvae.encoder.network.rest.layers[-1].bias.copy_(torch.tensor([0.0, 0.6]))
     y = torch.tensor([-1, 2, -1])
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
     weights = weights / np.sqrt(2 * np.pi)

@@ -327,17 +327,19 @@ def test_a_discrete_site_sampled_in_the_guide():
         )
 
 
-def test_one_row_that_is_impossible_under_a_label_still_has_parts():
-    """A label of weight nought contributes log 0 nowhere."""
+def test_data_that_are_impossible_under_a_label_still_have_parts():
+    """A label of weight nought contributes nothing, though its log-density is minus infinity."""
+    low = torch.tensor([-5.0, 100.0], dtype=torch.float64)
 
     def model(x, size=None):
         with pyro.plate("data", size or len(x), subsample=x):
-            k = pyro.sample("k", dist.Categorical(x.new_tensor([1.0, 0.0])), infer={"enumerate": "parallel"})
-            pyro.sample("x", dist.Normal(k.to(x), 1.0), obs=x)
+            k = pyro.sample("k", dist.Categorical(x.new_tensor([0.25, 0.75])), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Uniform(low[k], low[k] + 10.0, validate_args=False), obs=x)
 
     loss, terms, _, _ = run((model, lambda x, size=None: None), TraceEnum_ELBO(), X[:, 0])
-    assert terms.kl["k"].item() == pytest.approx(0.0, abs=1e-9)
-    assert -loss == pytest.approx(SCALE * oracles.normal_logpdf(array(X[:, 0]), 0.0, 1.0).sum(), rel=1e-12)
+    assert terms.reconstruction["x"].item() == pytest.approx(-N * np.log(10.0), rel=1e-12)
+    assert terms.kl["k"].item() == pytest.approx(-N * np.log(0.25), rel=1e-12)
+    assert -loss == pytest.approx(terms.elbo.item(), rel=1e-12)
 
 
 def test_closed_forms_are_refused_where_they_would_be_wrong():

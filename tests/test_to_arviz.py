@@ -257,6 +257,12 @@ def test_groups_alone():
     assert data.attrs["note"] == "by hand"
 
 
+def test_a_dim_with_the_name_of_a_site_is_refused():
+    values = {"posterior": {"z": torch.zeros(2, 3), "w": torch.zeros(2)}}
+    with pytest.raises(ValueError, match=r"'z' names both a site and a dim in group 'posterior'.*event_dims"):
+        to_arviz(Groups(values, {"posterior": {"z": ("z",), "w": ()}}))
+
+
 @pytest.mark.skipif(not OLD, reason="what ArviZ 0.x calls its data")
 def test_the_kind_of_data_of_the_old_generation(ppca):
     assert isinstance(ppca[1], az.InferenceData)

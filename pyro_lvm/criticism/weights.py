@@ -291,8 +291,8 @@ def _refuse_shared_lists(draw: Draw, factors: _Factors, data_plate: str) -> None
             if outside and node["infer"].get("_enumerate_symbol") in factors.summed:
                 raise ProgramError(
                     f"site {name!r} is enumerated and shared by all data, so that they are not independent given the "
-                    "draws and nothing can be said per datum: ask for log_evidence (their joint), leave 'log_likelihood' "
-                    "out of an export's groups, or sample the site in the guide"
+                    "draws and nothing can be said per datum: ask for log_evidence (their joint), leave "
+                    "'log_likelihood' out of an export's groups, or sample the site in the guide"
                 )
 
 

@@ -17,6 +17,9 @@ __all__ = ["MeanElbo", "mean_elbo", "validation_elbo"]
 TOLERANCE = 0.01
 """Standard error of ``fit.elbo`` to reach, nats per datum."""
 
+MIN_PASSES = 8
+"""Passes before the error is trusted: whoever stops at the first small error of a few passes stops on luck."""
+
 MAX_PASSES = 1000
 """Passes over the data after which it is reported with the error it has."""
 
@@ -42,11 +45,15 @@ def mean_elbo(bound: BoundProgram, structure: Structure, rows: Rows, batch_size:
     with isolated(seed, validate=False), bound.holding(None):
         values = [_one_pass(estimator, bound, rows, chunk)]
         try:
-            while drawn and len(values) < MAX_PASSES and (len(values) < 3 or _standard_error(values) > TOLERANCE):
+            while drawn and len(values) < MAX_PASSES and not _known(values):
                 values.append(_one_pass(estimator, bound, rows, chunk))
         except KeyboardInterrupt:
             pass  # who cannot wait gets the mean of what there is, with its standard error
     return MeanElbo(sum(values) / len(values), _standard_error(values) if drawn else 0.0, len(values))
+
+
+def _known(values: list[float]) -> bool:
+    return len(values) >= MIN_PASSES and _standard_error(values) <= TOLERANCE
 
 
 def validation_elbo(bound: BoundProgram, structure: Structure, rows: Rows, seed: int) -> float:

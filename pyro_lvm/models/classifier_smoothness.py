@@ -45,7 +45,8 @@ def classifier_smoothness(classifier: Callable[[Tensor], Tensor], x: Tensor, unl
     uncertainty = -(share * (log_q.exp() * log_q).sum(-1)).sum()
     mean_q = (share.unsqueeze(-1) * log_q.exp()).sum(0)
     evenness = -torch.special.xlogy(mean_q, mean_q).sum()
-    return change + CERTAINTY * (uncertainty - BALANCE * evenness)
+    regulariser: Tensor = change + CERTAINTY * (uncertainty - BALANCE * evenness)
+    return regulariser
 
 
 def _divergence(log_q: Tensor, log_moved: Tensor) -> Tensor:

@@ -153,10 +153,10 @@ class GaussianMixture(nn.Module):
         """Draw weights, covariances, and means given the covariances; all outside the plate."""
         shape = scale_shape(self.covariance, self.num_components, self.num_features)
         psi = self.prior_scale_tril.square().sum(-1)  # the diagonal of the prior's scale matrix
-        weights = _global_site("weights", dist.Dirichlet(self.prior_concentration), "component")
+        weights = _global_site("weights", dist.Dirichlet(self.prior_concentration), "cluster")
         if self.covariance in ("full", "tied"):
             wishart: Any = InverseWishartCholesky(psi.new_tensor(prior.degrees_of_freedom), self.prior_scale_tril)
-            names = ("component", "feature", "feature_bis")[-len(shape) :]
+            names = ("cluster", "feature", "feature_bis")[-len(shape) :]
             scale = _global_site("scale_tril", wishart.expand(shape[:-2]).to_event(len(shape) - 2), *names)
             each = scale if self.covariance == "full" else scale.unsqueeze(-3)
             means = dist.MultivariateNormal(self.prior_mean, scale_tril=each / prior.mean_precision**0.5)
@@ -165,13 +165,13 @@ class GaussianMixture(nn.Module):
             precision = dist.Gamma(half_degrees, (psi if self.covariance == "diag" else psi.mean()) / 2)
             to_deviation = dist.transforms.PowerTransform(psi.new_tensor(-0.5))
             deviation = dist.TransformedDistribution(precision.expand(shape), [to_deviation]).to_event(len(shape))
-            scale = _global_site("scales", deviation, *("component", "feature")[: len(shape)])
+            scale = _global_site("scales", deviation, *("cluster", "feature")[: len(shape)])
             each = scale if self.covariance == "diag" else scale.unsqueeze(-1)
             means = dist.Normal(self.prior_mean, each / prior.mean_precision**0.5).to_event(1)
         means = means.expand([*means.batch_shape[:-1], self.num_components])
         unit = (psi / prior.degrees_of_freedom).sqrt()
         located: Any = InUnits(means, unit)
-        return weights, _global_site("locs", located.to_event(1), "component", "feature"), scale
+        return weights, _global_site("locs", located.to_event(1), "cluster", "feature"), scale
 
     # ------------------------------------------------------------------------------------------------ closed forms
 

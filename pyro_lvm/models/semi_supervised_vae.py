@@ -36,8 +36,8 @@ class SemiSupervisedVAE(nn.Module):
 
     The labelled bound does not train the classifier q(y | x), so `auxiliary_loss` adds
     :math:`\alpha` times the mean of :math:`-\log q(y \mid x)` over labelled data, and :math:`\gamma` times the
-    regulariser of `pyro_lvm.models.classifier_smoothness`, which asks q for sure, even labels that do not change nearby.
-    Both are optimised and never part of the ELBO. Minibatches are stratified (`strata`): each holds labelled rows, and
+    regulariser of `pyro_lvm.models.classifier_smoothness`, which asks q for sure, even labels that do not change
+    nearby. Both are optimised and never part of the ELBO. Minibatches are stratified (`strata`): each holds labelled rows, and
     row weights keep the bound unbiased.
 
     Sites: ``y`` (plate "data"; enumerated in the guide), ``z`` (plate "data"; event (L,), dimension "latent"), ``x``
@@ -103,8 +103,8 @@ class SemiSupervisedVAE(nn.Module):
             )
         if min(classifier_weight, smoothness_weight) < 0 or not 0 <= labelled_share < 1:
             raise ValueError(
-                f"classifier_weight={classifier_weight} and smoothness_weight={smoothness_weight} must not be negative, "
-                f"and labelled_share={labelled_share} must lie in [0, 1)"
+                f"classifier_weight={classifier_weight} and smoothness_weight={smoothness_weight} must not be "
+                f"negative, and labelled_share={labelled_share} must lie in [0, 1)"
             )
         self.num_features, self.num_classes, self.latent_dim = num_features, num_classes, latent_dim
         self.classifier_weight, self.smoothness_weight = classifier_weight, smoothness_weight
