@@ -173,7 +173,10 @@ def mixture(gmm: Any, x: Tensor, *, axes: tuple[int, int] = (0, 1)) -> Figure:
 
 
 def image_grid(images: Tensor, columns: int, *, shape: tuple[int, int] | None = None) -> Figure:
-    """Images (num, D) row by row in a grid; entries of NaN are left white."""
+    """Images (num, D) row by row in a grid; entries of NaN are left white.
+
+    Numbers about [0, 1] are shown on that scale, 0 white and 1 black, others from their least to their greatest.
+    """
     height, width = shape or _square(images.shape[-1])
     if height * width != images.shape[-1]:
         raise ValueError(f"images of {images.shape[-1]} numbers are not shape={(height, width)}")
@@ -185,7 +188,8 @@ def image_grid(images: Tensor, columns: int, *, shape: tuple[int, int] | None = 
     figure = _figure(inches * columns * (width + 2), inches * rows * (height + 2), layout=None)
     panel = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     picture = sheet.reshape(rows * (height + 2), columns * (width + 2)).numpy()
-    panel.imshow(picture, cmap="gray_r", interpolation="nearest", aspect="auto")
+    limits = (0.0, 1.0) if -1.0 < images.min() and images.max() < 2.0 else (None, None)
+    panel.imshow(picture, cmap="gray_r", interpolation="nearest", aspect="auto", vmin=limits[0], vmax=limits[1])
     panel.set_axis_off()
     return figure
 
