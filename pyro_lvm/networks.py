@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "LabelledMLP"]
 
@@ -46,6 +47,34 @@ class HiddenLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+class BatchNorm(nn.BatchNorm1d):
+    r"""Batch normalisation of rows with any number of leading dimensions, one row included.
+
+    .. math:: y = \gamma \frac{h - \bar h}{\sqrt{\operatorname{Var} h + \epsilon}} + \beta
+
+    Mean and variance are the batch's while training and running averages otherwise; a batch of a single row, which has
+    no variance, is normalised by the running averages too.
+
+    Source: Ioffe and Szegedy (2015), https://arxiv.org/abs/1502.03167.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x, shape (..., width)."""
+        rows = x.reshape(-1, x.shape[-1])
+        average = not self.training or len(rows) < 2
+        normalised = functional.batch_norm(
+            rows,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=not average,
+            momentum=0.1,
+            eps=self.eps,
+        )
+        return normalised.reshape(x.shape)
+
+
 class MLP(nn.Module):
     r"""A multi-layer perceptron: affine maps with an activation between them, and none after the last.
 
@@ -58,8 +87,8 @@ class MLP(nn.Module):
         hidden: widths of the hidden layers, first to last.
         num_outputs: numbers per row that go out; 2 * latent_dim for an encoder.
         activation: makes one activation module per hidden layer.
-        layer_norm: whether every hidden layer is normalised over its width before the activation (Ba, Kiros and
-            Hinton, 2016, https://arxiv.org/abs/1607.06450); unlike batch normalisation it keeps data independent.
+        batch_norm: whether every hidden layer is normalised over the batch before the activation (`BatchNorm`); a
+            row's output then depends a little on its batch while training, and not in eval mode.
 
     Raises:
         ValueError: a width is below 1; or, when called, x does not have `num_inputs` columns.
@@ -77,7 +106,7 @@ class MLP(nn.Module):
         hidden: Sequence[int],
         num_outputs: int,
         activation: Activation = nn.ReLU,
-        layer_norm: bool = False,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         widths = (num_inputs, *hidden, num_outputs)
@@ -90,7 +119,7 @@ class MLP(nn.Module):
         self.num_outputs = num_outputs
         self.layers = nn.Sequential()
         for width_in, width_out in itertools.pairwise(widths[:-1]):
-            normalisation = [nn.LayerNorm(width_out)] if layer_norm else []
+            normalisation = [BatchNorm(width_out)] if batch_norm else []
             self.layers.extend((HiddenLinear(width_in, width_out), *normalisation, activation()))
         self.layers.append(nn.Linear(widths[-2], widths[-1]))
 

@@ -188,7 +188,7 @@ def image_grid(images: Tensor, columns: int, *, shape: tuple[int, int] | None = 
     figure = _figure(inches * columns * (width + 2), inches * rows * (height + 2), layout=None)
     panel = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     picture = sheet.reshape(rows * (height + 2), columns * (width + 2)).numpy()
-    limits = (0.0, 1.0) if -1.0 < images.min() and images.max() < 2.0 else (None, None)
+    limits = (0.0, 1.0) if images.min() > -1.0 and images.max() < 2.0 else (None, None)
     panel.imshow(picture, cmap="gray_r", interpolation="nearest", aspect="auto", vmin=limits[0], vmax=limits[1])
     panel.set_axis_off()
     return figure

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_lvm.networks import MLP, ConvDecoder, ConvEncoder, HiddenLinear
+from pyro_lvm.networks import MLP, BatchNorm, ConvDecoder, ConvEncoder, HiddenLinear, LabelledMLP
 
 NETWORKS = {
     "mlp": (lambda: MLP(6, (5, 4), 3), 6, 3),
@@ -153,3 +153,29 @@ def test_impossible_networks_are_refused(make, message):
 def test_wrong_columns_are_refused(net, x, message):
     with pytest.raises(ValueError, match=message):
         net(x)
+
+
+def test_batch_norm_takes_any_leading_dimensions_and_a_single_row():
+    torch.manual_seed(0)
+    norm, theirs = BatchNorm(3), torch.nn.BatchNorm1d(3)
+    x = torch.randn(4, 5, 3)
+    torch.testing.assert_close(norm(x), theirs(x.reshape(20, 3)).reshape(4, 5, 3))
+    torch.testing.assert_close(norm.running_var, theirs.running_var)
+    before = norm.running_mean.clone()
+    assert norm(x[0, :1]).isfinite().all()
+    assert torch.equal(norm.running_mean, before)
+    torch.testing.assert_close(norm.eval()(x), theirs.eval()(x.reshape(20, 3)).reshape(4, 5, 3))
+    assert any(isinstance(layer, BatchNorm) for layer in MLP(4, (3,), 2, batch_norm=True).modules())
+
+
+def test_labelled_perceptron_is_a_perceptron_of_a_one_hot_label():
+    torch.manual_seed(0)
+    network = LabelledMLP(4, 3, (6, 5), 2)
+    x, y = torch.randn(7, 4), torch.arange(3).unsqueeze(-1)
+    one_hot = torch.nn.functional.one_hot(y.expand(3, 7), 3).float()
+    first = torch.cat([network.of_inputs.weight, network.of_label.weight.T], -1)
+    joined = torch.cat([x.expand(3, 7, 4), one_hot], -1)
+    expected = network.rest(torch.relu(joined @ first.T + network.of_inputs.bias))
+    torch.testing.assert_close(network(x, y), expected)
+    with pytest.raises(ValueError, match=r"at least one hidden layer.*hidden=\(\)"):
+        LabelledMLP(4, 3, (), 2)

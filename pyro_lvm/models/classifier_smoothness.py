@@ -44,7 +44,8 @@ def classifier_smoothness(classifier: Callable[[Tensor], Tensor], x: Tensor, unl
     share = unlabelled.to(x.dtype) / unlabelled.sum().clamp(min=1)
     uncertainty = -(share * (log_q.exp() * log_q).sum(-1)).sum()
     mean_q = (share.unsqueeze(-1) * log_q.exp()).sum(0)
-    evenness = -torch.special.xlogy(mean_q, mean_q).sum()
+    # clamped, because the logarithm of nought has no gradient, and without unlabelled rows all of it is nought
+    evenness = -(mean_q * mean_q.clamp(min=torch.finfo(x.dtype).tiny).log()).sum()
     regulariser: Tensor = change + CERTAINTY * (uncertainty - BALANCE * evenness)
     return regulariser
 

@@ -61,7 +61,7 @@ class SemiSupervisedVAE(nn.Module):
         smoothness_weight: :math:`\gamma`, nats per datum; 0 turns the regulariser off.
         labelled_share: share of each minibatch that is labelled, as far as there are labels.
         encoder_sees_label: whether the guide is q(y|x) q(z|x,y), or else q(y|x) q(z|x).
-        classifier: any module from (..., D) to (..., C) logits. None makes an `MLP` with layer norm.
+        classifier: any module from (..., D) to (..., C) logits. None makes an `MLP` with batch normalisation.
         encoder: any module from (x, y), or x alone, to (..., 2 L). None makes a `LabelledMLP` (or an `MLP`).
         decoder: any module from (z, y) to (..., D * the likelihood's `num_parameters`). None makes a `LabelledMLP`.
 
@@ -111,7 +111,7 @@ class SemiSupervisedVAE(nn.Module):
         self.labelled_share = labelled_share
         self.encoder_sees_label = encoder_sees_label
         self.likelihood: Any = make_likelihood(likelihood, num_features)
-        self.classifier = classifier or MLP(num_features, hidden, num_classes, layer_norm=True)
+        self.classifier = classifier or MLP(num_features, hidden, num_classes, batch_norm=True)
         if encoder is None:
             sizes = (hidden, 2 * latent_dim)
             labelled = encoder_sees_label
