@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 
 from pyro.infer.autoguide import AutoGuide
@@ -17,8 +18,8 @@ __all__ = ["MeanElbo", "mean_elbo", "validation_elbo"]
 TOLERANCE = 0.01
 """Standard error of ``fit.elbo`` to reach, nats per datum."""
 
-MIN_PASSES = 8
-"""Passes before the error is trusted: whoever stops at the first small error of a few passes stops on luck."""
+MIN_FREEDOM = 7
+"""Degrees of freedom before the error is trusted: whoever stops at the first small error of a few stops on luck."""
 
 MAX_PASSES = 1000
 """Passes over the data after which it is reported with the error it has."""
@@ -43,23 +44,25 @@ def mean_elbo(bound: BoundProgram, structure: Structure, rows: Rows, batch_size:
     listed = {site.name for site in (*structure.enumerated_in_model, *structure.enumerated_in_guide)}
     drawn = any(site.name not in listed for site in structure.latent)
     with isolated(seed, validate=False), bound.holding(None):
-        values = [_one_pass(estimator, bound, rows, chunk)]
+        passes = [_one_pass(estimator, bound, rows, chunk)]
         try:
-            while drawn and len(values) < MAX_PASSES and not _known(values):
-                values.append(_one_pass(estimator, bound, rows, chunk))
+            while drawn and len(passes) < MAX_PASSES and not _known(passes):
+                passes.append(_one_pass(estimator, bound, rows, chunk))
         except KeyboardInterrupt:
             pass  # who cannot wait gets the mean of what there is, with its standard error
-    return MeanElbo(sum(values) / len(values), _standard_error(values) if drawn else 0.0, len(values))
+    mean = sum(sum(parts) for parts in passes) / len(passes)
+    return MeanElbo(mean, _standard_error(passes) if drawn else 0.0, len(passes))
 
 
-def _known(values: list[float]) -> bool:
-    return len(values) >= MIN_PASSES and _standard_error(values) <= TOLERANCE
+def _known(passes: list[list[float]]) -> bool:
+    freedom = len(passes[0]) * (len(passes) - 1)
+    return freedom >= MIN_FREEDOM and _standard_error(passes) <= TOLERANCE
 
 
 def validation_elbo(bound: BoundProgram, structure: Structure, rows: Rows, seed: int) -> float:
     """The plain bound on held-out rows, nats per datum, with the same noise every time it is asked for."""
     with isolated(seed, validate=False), bound.holding(None):
-        return _one_pass(plain_estimator(structure), bound, rows, _chunk(bound, structure, rows, None))
+        return sum(_one_pass(plain_estimator(structure), bound, rows, _chunk(bound, structure, rows, None)))
 
 
 def _chunk(bound: BoundProgram, structure: Structure, rows: Rows, batch_size: int | None) -> int | None:
@@ -72,16 +75,19 @@ def _chunk(bound: BoundProgram, structure: Structure, rows: Rows, batch_size: in
     return max(batch_size or 0, EVALUATION_BATCH)
 
 
-def _one_pass(estimator: Estimator, bound: BoundProgram, rows: Rows, chunk: int | None) -> float:
-    total, seen = 0.0, 0
+def _one_pass(estimator: Estimator, bound: BoundProgram, rows: Rows, chunk: int | None) -> list[float]:
+    """What each chunk of rows contributes to the mean; their noise is independent."""
+    parts, seen = [], 0
     for batch in rows.batches(chunk):
         _, terms = estimator.evaluate(bound, batch)
-        total += terms.elbo.double().item() / len(rows) * len(batch)
+        parts.append(terms.elbo.double().item() / len(rows) * len(batch))
         seen += len(batch)  # a loader may leave rows out
-    return total / seen
+    parts = [part / seen for part in parts]
+    # a loader may shuffle: its chunks are not the same rows in every pass
+    return parts if rows.loader is None else [sum(parts)]
 
 
-def _standard_error(values: list[float]) -> float:
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-    return math.sqrt(variance / len(values))
+def _standard_error(passes: list[list[float]]) -> float:
+    """Of the mean over passes: the chunks' variances between passes add up."""
+    variance = sum(statistics.variance(chunk) for chunk in zip(*passes, strict=True)) if len(passes) > 1 else 0.0
+    return math.sqrt(variance / len(passes))
