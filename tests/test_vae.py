@@ -97,6 +97,15 @@ def test_encode_decode_and_sample_leave_mode_and_random_state_alone() -> None:
     assert not vae.encode(x).mean.requires_grad
 
 
+def test_binarised_data_and_arrays_are_encoded_as_their_tensors_are() -> None:
+    vae = lvm.VAE(4, 2, hidden=(5,))
+    grey = (255 * rows(9, 4)).to(torch.uint8)
+    x = lvm.datasets.Binarized(grey)
+    torch.testing.assert_close(vae.encode(x).mean, vae.encode(x[:]).mean)
+    torch.testing.assert_close(vae.reconstruct(x), vae.reconstruct(x[:]))
+    torch.testing.assert_close(vae.encode(x[:].numpy()).mean, vae.encode(x[:]).mean)
+
+
 def test_interpolation_ends_at_the_reconstructions() -> None:
     vae, x = tiny(), rows(2, 4)
     path = vae.interpolate(x[0], x[1], steps=5)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
@@ -82,10 +84,11 @@ def evaluating(module: nn.Module, seed: int | None = None) -> Iterator[None]:
             inner.training = training
 
 
-def matching(module: nn.Module, x: Tensor) -> Tensor:
-    """``x`` in the dtype and on the device of the module's parameters."""
+def matching(module: nn.Module, x: Any) -> Tensor:
+    """``x``, a tensor, array or any data that ``x[:]`` makes a tensor, in the module's dtype and on its device."""
     reference = next(module.parameters())
-    return torch.as_tensor(x).to(dtype=reference.dtype, device=reference.device)
+    rows = x if isinstance(x, Tensor | np.ndarray) else x[:]
+    return torch.as_tensor(rows).to(dtype=reference.dtype, device=reference.device)
 
 
 def require_columns(x: Tensor | None, num_features: int) -> None:

@@ -175,8 +175,8 @@ class SemiSupervisedVAE(nn.Module):
         count = min(max(1, wanted), int(known.sum()), batch_size - 1)
         return [(known.nonzero().squeeze(-1), count), ((~known).nonzero().squeeze(-1), batch_size - count)]
 
-    def classify(self, x: Tensor) -> Tensor:
-        """q(y | x), shape (n, C)."""
+    def classify(self, x: Any) -> Tensor:
+        """q(y | x) for rows x, shape (n, D), a tensor or data like a `Binarized` array; shape (n, C)."""
         with evaluating(self):
             probabilities: Tensor = self.classifier(matching(self, x)).softmax(-1)
             return probabilities
