@@ -37,6 +37,8 @@ def best_of_short_runs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best of several short runs.
 
+    Where the clusters are plain this is the maximum already, and a fit has nothing left to climb.
+
     Runs that end with a component on too few rows for its covariance, or at the floor in some direction, are taken only
     where no other run is left: their likelihood is high for the wrong reason.
 
