@@ -178,7 +178,7 @@ def test_learns_to_classify_from_a_few_labels(encoder_sees_label: bool) -> None:
     x = centres[truth] + 0.3 * torch.randn(300, 4, generator=generator, dtype=torch.float64)
     y = torch.where(torch.arange(300) < 9, truth, -1)
     ssvae = tiny(encoder_sees_label=encoder_sees_label)
-    fit = lvm.fit(ssvae, (x, y), epochs=40, batch_size=50, seed=0)
+    fit = lvm.fit(ssvae, (x, y), epochs=100, batch_size=50, seed=0)
     assert (ssvae.classify(x).argmax(-1) == truth).double().mean() > 0.95
     assert set(fit.history["kl"]) == {"y", "z"}
     assert ssvae.classify(x).sum(-1).tolist() == pytest.approx([1.0] * 300)
