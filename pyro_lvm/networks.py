@@ -119,9 +119,12 @@ class MLP(nn.Module):
         self.num_outputs = num_outputs
         self.layers = nn.Sequential()
         for width_in, width_out in itertools.pairwise(widths[:-1]):
-            # normalised rows keep their size whatever the weights are; torch's smaller ones then learn faster
-            hidden_layer = (nn.Linear(width_in, width_out), BatchNorm(width_out)) if batch_norm else ()
-            self.layers.extend((*(hidden_layer or (HiddenLinear(width_in, width_out),)), activation()))
+            if batch_norm:
+                # normalised rows keep their size whatever the weights are; torch's smaller ones then learn faster
+                self.layers.extend((nn.Linear(width_in, width_out), BatchNorm(width_out)))
+            else:
+                self.layers.append(HiddenLinear(width_in, width_out))
+            self.layers.append(activation())
         self.layers.append(nn.Linear(widths[-2], widths[-1]))
 
     def forward(self, x: Tensor) -> Tensor:

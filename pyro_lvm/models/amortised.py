@@ -13,6 +13,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyro_lvm.program import restore_mode, training_mode
+
 __all__ = ["DiagonalNormal", "PriorScale", "evaluating", "matching", "require_columns"]
 
 SCALE_FLOOR = 1e-5
@@ -72,16 +74,14 @@ class PriorScale(nn.Module):
 @contextmanager
 def evaluating(module: nn.Module, seed: int | None = None) -> Iterator[None]:
     """No gradients, eval mode, and with a seed a random state of its own; all put back afterwards."""
-    before = [(inner, inner.training) for inner in module.modules()]
-    module.eval()
+    before = training_mode([module], False)
     try:
         with torch.no_grad(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
             yield
     finally:
-        for inner, training in before:
-            inner.training = training
+        restore_mode(before)
 
 
 def matching(module: nn.Module, x: Any) -> Tensor:
