@@ -5,7 +5,8 @@ from __future__ import annotations
 from pyro_lvm import datasets, likelihoods, networks, plots, priors
 from pyro_lvm.criticism.compare import compare_elbos
 from pyro_lvm.criticism.evidence import log_evidence
-from pyro_lvm.errors import NonFiniteError, ProgramError
+from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
+from pyro_lvm.inference.check import check
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.fit import fit
 from pyro_lvm.inference.record import Fit
@@ -16,6 +17,7 @@ from pyro_lvm.models.ppca import PPCA
 from pyro_lvm.models.semi_supervised_vae import SemiSupervisedVAE
 from pyro_lvm.models.vae import VAE
 from pyro_lvm.posterior import Posterior
+from pyro_lvm.preflight.report import Report
 
 __version__ = "0.1.0"
 
@@ -29,8 +31,11 @@ __all__ = [
     "NonFiniteError",
     "Posterior",
     "ProgramError",
+    "ProgramWarning",
+    "Report",
     "SemiSupervisedVAE",
     "align_components",
+    "check",
     "compare_elbos",
     "datasets",
     "fit",

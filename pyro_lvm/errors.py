@@ -1,20 +1,24 @@
 """What can go wrong, by name.
 
-Bad arguments are plain `ValueError` or `TypeError`; the classes here are the two situations a caller may
-want to tell apart from them.
+Bad arguments are plain `ValueError` or `TypeError`; the classes here are the situations a caller may want to tell
+apart from them.
 """
 
 from __future__ import annotations
 
-__all__ = ["NonFiniteError", "ProgramError"]
+__all__ = ["NonFiniteError", "ProgramError", "ProgramWarning"]
 
 
 class ProgramError(ValueError):
     """A model/guide pair that cannot mean what its author meant.
 
-    The message names the site, the numbers that disagree, and one edit that mends it. It is raised before the
-    first step, so no parameter has moved.
+    The message names the site, its line, the numbers that disagree, and one edit that mends it. It is raised before
+    the first step, so no parameter has moved.
     """
+
+
+class ProgramWarning(UserWarning):
+    """A model/guide pair that may mean what it says, but seldom does; the message says what it means."""
 
 
 class NonFiniteError(RuntimeError):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoGuide
 
-from pyro_lvm.check import traced
 from pyro_lvm.data import Batch, Rows, as_rows
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.parameters import BoundProgram, Snapshot, isolated
+from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import Program, as_program, floating_dtype
 from pyro_lvm.structure import Structure
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch.distributions import Independent
 
 from pyro_lvm.data import Batch
+from pyro_lvm.declaration import declared_at
 
-__all__ = ["Plate", "Site", "Structure", "trace_structure"]
+__all__ = ["Plate", "Recorder", "Site", "Structure", "trace_structure"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Site:
         enumerated: "parallel", "sequential" or None, from its ``infer`` dictionary.
         plates: the plates around it, from the leftmost dim to the rightmost.
         event_dims: names for its event dimensions, from ``infer={"event_dims": (...)}``.
+        scale: what its log-probability is multiplied with, plates included: a number or a tensor.
+        declared: the line of its statement as "file.py:12"; None for an autoguide's.
+        markov: whether it stands in `pyro.markov`, which uses its enumeration dims again.
     """
 
     name: str
@@ -50,6 +55,25 @@ class Site:
     enumerated: str | None
     plates: tuple[Plate, ...]
     event_dims: tuple[str, ...]
+    scale: Any
+    declared: str | None
+    markov: bool
+
+    def __str__(self) -> str:
+        return f"site {self.name!r}" + (f" ({self.declared})" if self.declared else "")
+
+    @property
+    def base(self) -> Any:
+        """Its distribution without `to_event` and `expand`."""
+        fn = self.fn
+        while isinstance(fn, Independent):
+            fn = fn.base_dist
+        return fn
+
+    @property
+    def kind(self) -> str:
+        """The name of its distribution."""
+        return type(self.base).__name__.removesuffix("Distribution")
 
     @property
     def discrete(self) -> bool:
@@ -60,6 +84,19 @@ class Site:
     def enumerable(self) -> bool:
         """Whether its support can be listed."""
         return bool(getattr(self.fn, "has_enumerate_support", False))
+
+    @property
+    def num_values(self) -> int | None:
+        """How many values one entry can take, where they can be listed."""
+        return len(self.base.enumerate_support(expand=False)) if self.enumerable else None
+
+    @property
+    def plate_scale(self) -> float:
+        """What its plates alone multiply its log-probability with."""
+        scale = 1.0
+        for plate in self.plates:
+            scale *= plate.size / plate.rows
+        return scale
 
     def inside(self, plate: str | None) -> bool:
         """Whether the site lies in the plate of that name."""
@@ -75,12 +112,16 @@ class Structure:
         guide: sample sites of the guide by name, in order; empty where there is no guide yet.
         data_plate: name of the plate over the rows, or None.
         max_plate_nesting: the largest number of dims that plates take.
+        model_rows: the rows that each plate of the model holds, as it was given them or drew them, by name.
+        guide_rows: the same for the guide.
     """
 
     model: Mapping[str, Site]
     guide: Mapping[str, Site]
     data_plate: str | None
     max_plate_nesting: int
+    model_rows: Mapping[str, Any] = field(default_factory=dict)
+    guide_rows: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def observed(self) -> list[Site]:
@@ -113,45 +154,71 @@ class Structure:
         return [site for site in self.latent if site.inside(self.data_plate)]
 
 
-def trace_structure(model: Any, guide: Any | None, batch: Batch) -> Structure:
+def trace_structure(
+    model: Any, guide: Any | None, batch: Batch, seen: tuple[Recorder, Recorder] | None = None
+) -> Structure:
     """Run guide and model once on ``batch`` and read off their structure.
 
     The caller sees to the random state; parameters are created if they do not exist yet. Latent sites are replayed
-    from the guide where it has them.
+    from the guide where it has them. ``seen`` are recorders for model and guide, for a caller who wants to know how
+    far an execution came that failed.
     """
     arguments = batch.named()
+    of_model, of_guide = seen or (Recorder(), Recorder())
     with torch.no_grad(), poutine.block():
         guide_trace = None
         if guide is not None:
-            guide_trace = poutine.trace(guide).get_trace(*batch.args, **arguments)
-        own = _OwnInfer()
-        replayed = own(model) if guide_trace is None else poutine.replay(own(model), trace=guide_trace)
+            guide_trace = poutine.trace(of_guide(guide)).get_trace(*batch.args, **arguments)
+        replayed = of_model(model) if guide_trace is None else poutine.replay(of_model(model), trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*batch.args, **arguments)
     traces = [trace for trace in (model_trace, guide_trace) if trace is not None]
     nodes: list[Any] = [node for trace in traces for node in trace.nodes.values()]
     dims = [frame.dim for node in nodes for frame in node.get("cond_indep_stack", ()) if frame.vectorized]
-    for name, infer in own.by_site.items():
-        model_trace.nodes[name]["infer"] = infer
-    sites = _sites(model_trace)
+    sites = _sites(model_trace, of_model)
     return Structure(
-        sites, _sites(guide_trace) if guide_trace is not None else {}, _data_plate(sites, batch), -min(dims, default=0)
+        sites,
+        {} if guide_trace is None else _sites(guide_trace, of_guide),
+        _data_plate(sites, batch),
+        -min(dims, default=0),
+        _rows(model_trace),
+        {} if guide_trace is None else _rows(guide_trace),
     )
 
 
-class _OwnInfer(Messenger):
-    """Keeps what the model says about its sites, in place of which replaying puts what the guide says."""
+class Recorder(Messenger):
+    """Notes of every sample statement, before it is carried out, what the trace loses.
+
+    Attributes:
+        infer: by site, what the program itself says; replaying puts the guide's words in its place.
+        lines: by site, the lines that declare it, "file.py:12"; several where the name is used again.
+        plates: by site, the plates around it.
+        params: names of the parameters asked for so far.
+        last: the site met last.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.by_site: dict[str, Any] = {}
+        self.infer: dict[str, Any] = {}
+        self.lines: dict[str, list[str | None]] = {}
+        self.plates: dict[str, tuple[Plate, ...]] = {}
+        self.params: list[str] = []
+        self.last: str | None = None
 
     def _pyro_sample(self, msg: Any) -> None:
-        self.by_site[msg["name"]] = dict(msg["infer"] or {})
+        name = msg["name"]
+        self.lines.setdefault(name, []).append(declared_at())
+        self.infer[name] = dict(msg["infer"] or {})
+        if not isinstance(msg["fn"], _Subsample):
+            self.plates[name] = _plates(msg["cond_indep_stack"])
+            self.last = name
+
+    def _pyro_param(self, msg: Any) -> None:
+        self.params.append(msg["name"])
 
 
-def _sites(trace: Any) -> dict[str, Site]:
+def _sites(trace: Any, recorder: Recorder) -> dict[str, Site]:
     return {
-        name: _site(node)
+        name: _site(node, recorder)
         for name, node in trace.nodes.items()
         if node["type"] == "sample"
         and not isinstance(node["fn"], _Subsample)
@@ -159,10 +226,8 @@ def _sites(trace: Any) -> dict[str, Site]:
     }
 
 
-def _site(node: Any) -> Site:
-    infer = node["infer"]
-    frames = sorted((frame for frame in node["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim)
-    plates = tuple(Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in frames)
+def _site(node: Any, recorder: Recorder) -> Site:
+    infer = recorder.infer[node["name"]]
     return Site(
         node["name"],
         node["fn"],
@@ -170,9 +235,21 @@ def _site(node: Any) -> Site:
         bool(node["is_observed"]),
         bool(infer.get("is_auxiliary", False)),
         infer.get("enumerate"),
-        plates,
+        _plates(node["cond_indep_stack"]),
         tuple(infer.get("event_dims", ())),
+        node["scale"],
+        recorder.lines[node["name"]][-1],
+        "_markov_scope" in infer or "_markov_depth" in infer,
     )
+
+
+def _plates(frames: Any) -> tuple[Plate, ...]:
+    vectorized = sorted((frame for frame in frames if frame.vectorized), key=lambda frame: frame.dim)
+    return tuple(Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in vectorized)
+
+
+def _rows(trace: Any) -> dict[str, Any]:
+    return {name: node["value"] for name, node in trace.nodes.items() if isinstance(node.get("fn"), _Subsample)}
 
 
 def _data_plate(sites: Mapping[str, Site], batch: Batch) -> str | None:

@@ -29,11 +29,11 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch.distributions import constraints
 
 import pyro_lvm as lvm
-from pyro_lvm.check import traced
 from pyro_lvm.data import Batch, as_rows
 from pyro_lvm.elbo import Estimator, make_estimator
 from pyro_lvm.elbo.estimator import plain_estimator
 from pyro_lvm.parameters import BoundProgram, isolated
+from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import as_program
 
 N = 6

@@ -22,10 +22,10 @@ from pyro.infer.autoguide import (
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_lvm as lvm
-from pyro_lvm.check import traced
 from pyro_lvm.data import Batch
 from pyro_lvm.guides import is_recipe, make_guide
 from pyro_lvm.parameters import BoundProgram, isolated
+from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import as_program
 
 N = 20

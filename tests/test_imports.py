@@ -32,10 +32,12 @@ ORDER = (
     "program",
     "parameters",
     "data",
+    "declaration",
     "structure",
+    "dependencies",
     "guides",
     "elbo",
-    "check",
+    "preflight",
     "evaluation",
     "models",
     "posterior",
@@ -52,7 +54,7 @@ ORDER = (
 HANDED_ON: dict[str, set[str]] = {}
 
 # What a layer does without although it comes later: a built-in model enjoys nothing that a user's program lacks.
-WITHOUT = {"models": {"elbo", "check", "evaluation", "inference"}}
+WITHOUT = {"models": {"elbo", "preflight", "evaluation", "inference"}}
 
 # Loaded on first use, by the function that needs it.
 HEAVY = {"arviz", "h5netcdf", "matplotlib", "sklearn", "torchvision"}

@@ -18,11 +18,11 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.ops.indexing import Vindex
 from torch.distributions import constraints
 
-from pyro_lvm.check import traced
 from pyro_lvm.data import Batch
 from pyro_lvm.elbo.estimator import make_estimator
 from pyro_lvm.elbo.terms import Terms, closed_form_kl, read_terms
 from pyro_lvm.parameters import BoundProgram, isolated
+from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import as_program
 
 N, B, L, D = 12, 4, 2, 3  # rows in the data set, in the batch, latent coordinates, features

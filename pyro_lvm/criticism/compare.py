@@ -12,9 +12,9 @@ import torch
 from pyro.infer import ELBO
 from torch import nn
 
-from pyro_lvm.check import check_pair
 from pyro_lvm.elbo.estimator import make_estimator
 from pyro_lvm.evaluation import Evaluation, fresh_seed
+from pyro_lvm.preflight.pair import check_pair
 
 __all__ = ["ElboRow", "ElboTable", "compare_elbos"]
 
@@ -112,7 +112,7 @@ def _measure(evaluation: Evaluation, elbo: ELBO | type[ELBO], num_draws: int, se
     with evaluation.running(seed):
         batch, structure = evaluation.whole()
         estimator = make_estimator(elbo, structure)
-        check_pair(structure, estimator, batch)
+        check_pair(bound, structure, estimator, batch)
         parameters = list(bound.trainable().values())
         kept = [parameter.grad for parameter in parameters]
         spread = _Spread(sum(parameter.numel() for parameter in parameters))

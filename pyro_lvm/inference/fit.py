@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_lvm.data import Rows, as_rows
+from pyro_lvm.errors import ProgramWarning
 from pyro_lvm.evaluation import fresh_seed
 from pyro_lvm.guides import GuideKind, is_recipe
 from pyro_lvm.inference.bound import mean_elbo
@@ -28,6 +30,7 @@ from pyro_lvm.inference.prepare import Request, placed, prepare, reset
 from pyro_lvm.inference.progress import EpochEnd
 from pyro_lvm.inference.record import Fit
 from pyro_lvm.parameters import Untouched, isolated
+from pyro_lvm.preflight.suspicions import suspicions
 from pyro_lvm.program import as_program
 
 __all__ = ["fit"]
@@ -128,6 +131,7 @@ def fit(
                 reset(resolved.modules.values())
             request = Request(resolved, rows, held_out, recipe, elbo, batch_size, initialisation, check, fresh)
             prepared = prepare(request, untouched, cast)
+            doubts = suspicions(prepared.bound, prepared.structure, request.first()) if check else []
             order = Order(rows, batch_size, strata_of(resolved, rows, batch_size), ordering)
             total_steps = steps if steps is not None else (epochs or 0) * order.steps_per_epoch
             parameters = list(prepared.bound.trainable().values())
@@ -143,6 +147,8 @@ def fit(
         untouched.restore()
         raise
     del untouched
+    for doubt in doubts:
+        warnings.warn(doubt, ProgramWarning, stacklevel=2)
     loop = Loop(prepared, order, torch_optimizer, schedule, parameters, grad_clip_norm, total_steps)
     watch = Watch(watching, stopping, held_out, evaluation, progress)
     with isolated(noise, validate=False):

@@ -11,13 +11,17 @@ from pyro.infer import ELBO
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from pyro_lvm.check import check_pair, check_support, traced
 from pyro_lvm.data import Batch, Rows
 from pyro_lvm.elbo.estimator import Estimator, make_estimator
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import batch_to_trace
 from pyro_lvm.guides import make_guide
 from pyro_lvm.parameters import BoundProgram, Untouched, bind
+from pyro_lvm.preflight.observations import check_support
+from pyro_lvm.preflight.pair import check_pair
+from pyro_lvm.preflight.rows import check_rows
+from pyro_lvm.preflight.tracing import traced
+from pyro_lvm.preflight.trial import try_estimator
 from pyro_lvm.program import Program, floating_dtype, row_keywords
 from pyro_lvm.structure import Structure
 
@@ -152,8 +156,9 @@ def prepare(request: Request, untouched: Untouched, cast: list[str]) -> Prepared
     bound, structure = _bind(request, first, meet)
     estimator = make_estimator(request.elbo, structure)
     if request.check:
-        check_pair(structure, estimator, first)
+        check_pair(bound, structure, estimator, first)
         check_support(structure, first, rows, request.batch_size or len(rows))
+        check_rows(bound, structure, first, rows, request.batch_size)
     if request.held_out is not None:
         _refuse_rows_unknown(request.held_out, len(rows), bound, structure)
         _check_held_out(request.held_out, bound, request.check)
@@ -164,6 +169,8 @@ def prepare(request: Request, untouched: Untouched, cast: list[str]) -> Prepared
             f"{program.name} has no parameter to train: declare one with pyro.param, or pass the module that holds "
             "them as the program (or register it with pyro.module)"
         )
+    if request.check:
+        try_estimator(bound, structure, estimator, first)
     bound.functions.meet = None
     return Prepared(bound, structure, estimator, _auxiliary(bound, first))
 
