@@ -180,8 +180,8 @@ def trace_structure(
         {} if guide_trace is None else _sites(guide_trace, of_guide),
         _data_plate(sites, batch),
         -min(dims, default=0),
-        _rows(model_trace),
-        {} if guide_trace is None else _rows(guide_trace),
+        _rows(model_trace, of_model),
+        {} if guide_trace is None else _rows(guide_trace, of_guide),
     )
 
 
@@ -194,6 +194,7 @@ class Recorder(Messenger):
         plates: by site, the plates around it.
         params: names of the parameters asked for so far.
         last: the site met last.
+        rows: by plate, the rows that it was given; replaying puts the guide's in their place.
     """
 
     def __init__(self) -> None:
@@ -203,12 +204,15 @@ class Recorder(Messenger):
         self.plates: dict[str, tuple[Plate, ...]] = {}
         self.params: list[str] = []
         self.last: str | None = None
+        self.rows: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         self.lines.setdefault(name, []).append(declared_at())
         self.infer[name] = dict(msg["infer"] or {})
-        if not isinstance(msg["fn"], _Subsample):
+        if isinstance(msg["fn"], _Subsample):
+            self.rows[name] = msg["value"]
+        else:
             self.plates[name] = _plates(msg["cond_indep_stack"])
             self.last = name
 
@@ -248,8 +252,9 @@ def _plates(frames: Any) -> tuple[Plate, ...]:
     return tuple(Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in vectorized)
 
 
-def _rows(trace: Any) -> dict[str, Any]:
-    return {name: node["value"] for name, node in trace.nodes.items() if isinstance(node.get("fn"), _Subsample)}
+def _rows(trace: Any, recorder: Recorder) -> dict[str, Any]:
+    drawn = {name: node["value"] for name, node in trace.nodes.items() if isinstance(node.get("fn"), _Subsample)}
+    return drawn | {name: rows for name, rows in recorder.rows.items() if rows is not None}
 
 
 def _data_plate(sites: Mapping[str, Site], batch: Batch) -> str | None:

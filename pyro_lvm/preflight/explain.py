@@ -76,12 +76,14 @@ def _shape_in_plate(found: re.Match[str], known: Circumstances, where: str) -> s
         return wrong_rows(Plate(name, dim, rows, rows), known.site(site), batch)
     return (
         f"{known.site(site)} does not fit plate {name!r}: the plate has {rows} rows in dim {dim}, where the "
-        f"distribution's batch shape has {shape}. {_edit_of_dim(shape, rows, batch)}"
+        f"distribution's batch shape has {shape}. {_edit_of_dim(shape, rows, name, batch)}"
     )
 
 
-def _edit_of_dim(shape: int, rows: int, batch: Batch) -> str:
-    """Which of the two edits it is that sizes tell: a number of rows, or the shape of one datum."""
+def _edit_of_dim(shape: int, rows: int, plate: str, batch: Batch) -> str:
+    """Which edit it is that sizes tell: another plate, a number of rows, or the shape of one datum."""
+    if shape == len(batch) and plate != "data":
+        return f"The {shape} are the rows of the batch, whose plate has another dim: transpose the parameters"
     if shape == batch.size and rows == len(batch) != batch.size:
         return (
             f"The distribution has a row for each of the {shape} data and the batch has {rows} of them: take its rows "

@@ -21,21 +21,43 @@ def check_shapes(structure: Structure, batch: Batch) -> None:
     """
     sites = (*structure.model.values(), *structure.guide.values())
     for site in sites:
-        _check_value(site)
+        value_shape = _value_shape(site, structure)
+        if value_shape is not None:
+            _check_value(site, value_shape)
         _check_rows_in_event(site, structure, batch)
-        _check_log_prob_shape(site, structure, batch)
+        _check_log_prob_shape(site, value_shape, structure, batch)
     for site in sites:
         _check_size(site, structure.data_plate, batch)
 
 
-def _shapes(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Batch shape and event shape of the distribution, and the shape of the value."""
-    return tuple(site.fn.batch_shape), tuple(site.fn.event_shape), tuple(getattr(site.value, "shape", ()))
+def _value_shape(site: Site, structure: Structure) -> tuple[int, ...] | None:
+    """The shape of a value that stands at its own distribution; None where the guide has put it into the model."""
+    if structure.model.get(site.name) is site and not site.observed and site.name in structure.guide:
+        return None
+    return tuple(getattr(site.value, "shape", ()))
 
 
-def _check_value(site: Site) -> None:
+def _shapes(site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Batch shape and event shape of the distribution."""
+    return tuple(site.fn.batch_shape), tuple(site.fn.event_shape)
+
+
+def _own_batch_shape(site: Site) -> tuple[int, ...]:
+    """The batch shape that the program gave the distribution, before plates expanded it: those dims have no stride."""
+    batch_shape = tuple(site.fn.batch_shape)
+    named = [getattr(site.base, name, None) for name in getattr(site.base, "arg_constraints", {})]
+    parameters = [tensor for tensor in named if isinstance(tensor, torch.Tensor)]
+    whole = batch_shape + tuple(site.fn.event_shape)
+    if not parameters or any(tuple(tensor.shape) != whole for tensor in parameters):
+        return batch_shape
+    made = [any(tensor.stride(dim) for tensor in parameters) for dim in range(len(batch_shape))]
+    first = made.index(True) if True in made else len(made)
+    return tuple(n if own else 1 for n, own in zip(batch_shape[first:], made[first:], strict=True))
+
+
+def _check_value(site: Site, value_shape: tuple[int, ...]) -> None:
     """A value has the event shape of its distribution, and its other dims go with the batch shape."""
-    batch_shape, event_shape, value_shape = _shapes(site)
+    batch_shape, event_shape = _shapes(site)
     split = max(len(value_shape) - len(event_shape), 0)
     own = value_shape[split:]
     if len(own) != len(event_shape) or any(a not in (1, b) for b, a in zip(own, event_shape, strict=True)):
@@ -60,10 +82,20 @@ def _same_columns(value_shape: tuple[int, ...], event_shape: tuple[int, ...]) ->
 
 def _check_rows_in_event(site: Site, structure: Structure, batch: Batch) -> None:
     """An event that has swallowed the rows is counted once for every row of the plate."""
-    _, event_shape, value_shape = _shapes(site)
-    if not (site.observed and site.inside(structure.data_plate) and event_shape[:1] == (len(batch),)):
+    _, event_shape = _shapes(site)
+    value_shape = tuple(getattr(site.value, "shape", ()))
+    if not site.observed or event_shape[:1] != (len(batch),) or len(batch) < 2:
         return
-    if len(batch) > 1 and len(value_shape) == len(event_shape) and isinstance(site.fn, Independent):
+    if not site.inside(structure.data_plate):
+        given = [v.data_ptr() for v in batch.tensors().values() if isinstance(v, torch.Tensor)]
+        if len(batch) != batch.size and site.value.data_ptr() in given:
+            raise ProgramError(
+                f"{site} has event shape {event_shape}, which holds the {len(batch)} rows of the batch, in no plate: it "
+                f"would not be scaled to the {batch.size} rows of the data. Write {plate_of_rows('data')}, and one "
+                "event dim fewer"
+            )
+        return
+    if len(value_shape) == len(event_shape) and isinstance(site.fn, Independent):
         dims = site.fn.reinterpreted_batch_ndims
         raise ProgramError(
             f"{site} has event shape {event_shape}, which holds the {len(batch)} rows of plate "
@@ -72,20 +104,22 @@ def _check_rows_in_event(site: Site, structure: Structure, batch: Batch) -> None
         )
 
 
-def _check_log_prob_shape(site: Site, structure: Structure, batch: Batch) -> None:
+def _check_log_prob_shape(site: Site, value_shape: tuple[int, ...] | None, structure: Structure, batch: Batch) -> None:
     """Every dim of the log-probability that is longer than one belongs to a plate."""
-    batch_shape, event_shape, value_shape = _shapes(site)
-    of_value = value_shape[: len(value_shape) - len(event_shape)]
+    batch_shape, event_shape = _shapes(site)
+    of_value = () if value_shape is None else value_shape[: len(value_shape) - len(event_shape)]
     shape = tuple(torch.broadcast_shapes(batch_shape, of_value))
     dims = {plate.dim for plate in site.plates}
     loose = [dim for dim in range(-1, -len(shape) - 1, -1) if shape[dim] > 1 and dim not in dims]
     if not loose:
         return
     inside = ", ".join(f"{p.name!r} of {p.rows}" for p in site.plates) or "none"
+    own = _own_batch_shape(site)
     raise ProgramError(
-        f"{site} has batch shape {batch_shape} and a value of shape {value_shape}, so that its log-probability has "
+        f"{site} has batch shape {own}"
+        f"{'' if value_shape is None else f' and a value of shape {value_shape}'}, so that its log-probability has "
         f"shape {shape}, whose dim {loose[0]} of {shape[loose[0]]} is in no plate (plates around it: {inside}). "
-        f"{_edit(site, shape, of_value, batch_shape, loose, structure, batch)}"
+        f"{_edit(site, shape, of_value, own, loose, structure, batch)}"
     )
 
 
@@ -99,21 +133,12 @@ def _edit(
     batch: Batch,
 ) -> str:
     """The one edit that the sizes tell."""
-    if site.observed and shape not in (of_value, batch_shape):  # neither is as large as both together
-        longer, shorter, what = (
-            (of_value, batch_shape, "the value") if of_value[-1:] == (1,) else (batch_shape, of_value, "the parameters")
-        )
+    if site.observed and of_value != batch_shape and (1,) in (of_value[-1:], batch_shape[-1:]):
+        what, column = ("the value", of_value) if of_value[-1:] == (1,) else ("the parameters", batch_shape)
         return (
             f"Parameters of shape {batch_shape} and a value of shape {of_value} were broadcast against each other: "
-            f"give {what} the shape {shorter}, with .squeeze(-1)"
-            if longer[-1:] == (1,)
-            else f"Parameters of shape {batch_shape} and a value of shape {of_value} were broadcast against each "
-            "other: give both one shape"
+            f"give {what} the shape {column[:-1]}, with .squeeze(-1)"
         )
-    if site.observed and of_value != batch_shape and of_value[-1:] == (1,):
-        return f"The value of shape {of_value} was broadcast: give it the shape {of_value[:-1]}, with .squeeze(-1)"
-    if site.observed and batch_shape != of_value and batch_shape[-1:] == (1,):
-        return f"The parameters of shape {batch_shape} were broadcast: give them the shape {of_value} by .squeeze(-1)"
     if not site.inside(structure.data_plate) and shape[loose[-1]] == len(batch):
         events = len(loose) - 1
         plate = f"Those {len(batch)} are the rows: write {plate_of_rows('data')}"
