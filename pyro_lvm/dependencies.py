@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
@@ -73,8 +73,11 @@ class _Tracked(Messenger):
 
 def _origins(fn: Any, value: Any) -> frozenset[str]:
     base = fn
-    while isinstance(base, Independent):
+    while isinstance(base, Independent | MaskedDistribution):
         base = base.base_dist
     if isinstance(base, Delta):
         return frozenset(get_provenance([base.v, base.log_density]))
-    return frozenset(get_provenance(fn.log_prob(value)))
+    try:
+        return frozenset(get_provenance(fn.log_prob(value)))
+    except (KeyError, NotImplementedError):  # a flow without an inverse knows the density of its latest draw alone
+        return frozenset(get_provenance(fn.sample()))

@@ -17,6 +17,7 @@ from pyro import poutine
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoGuide,
+    AutoIAFNormal,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
@@ -83,7 +84,8 @@ def make_guide(
         return _nothing
     guide_class = _CLASSES[kind] if isinstance(kind, str) else kind
     taken = inspect.signature(guide_class).parameters
-    options: dict[str, Any] = {"init_loc_fn": _start(start)} if "init_loc_fn" in taken else {}
+    starts = "init_loc_fn" in taken and not issubclass(guide_class, AutoIAFNormal)  # which takes it and warns
+    options: dict[str, Any] = {"init_loc_fn": _start(start)} if starts else {}
     local = [site.name for site in covered if site.inside(structure.data_plate)]
     covered_plates = [plate for site in covered for plate in site.plates]
     if local and minibatches and not names_index:

@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
+from pyro_lvm.declaration import declared_at
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.program import Program, batch_arguments, restore_mode, training_mode
 
@@ -165,7 +166,7 @@ class FunctionParameters:
                 return start
         if name not in self.unconstrained:
             if start is None:
-                raise ProgramError(f"pyro.param({name!r}) has no initial value: write pyro.param({name!r}, tensor)")
+                raise ProgramError(f"{_statement(name)} has no initial value: write pyro.param({name!r}, tensor)")
             start = start() if callable(start) and not isinstance(start, Tensor) else start
             self.unconstrained[name] = self._unconstrain(name, start, constraint)
             self.constraints[name] = constraint
@@ -190,17 +191,22 @@ class FunctionParameters:
         start = torch.as_tensor(start).detach()
         if not start.is_floating_point():
             raise ProgramError(
-                f"pyro.param({name!r}) starts at a tensor of {start.dtype}: only floating parameters can be trained, "
+                f"{_statement(name)} starts at a tensor of {start.dtype}: only floating parameters can be trained, "
                 "write its initial value with a decimal point"
             )
         start = start.to(dtype=self.dtype, device=self.device)
         unconstrained = transform_to(constraint).inv(start) if bool(constraint.check(start).all()) else None
         if unconstrained is None or not bool(torch.isfinite(unconstrained).all()):
             raise ProgramError(
-                f"pyro.param({name!r}) starts at {start.flatten()[:3].tolist()}, outside its constraint {constraint} "
+                f"{_statement(name)} starts at {start.flatten()[:3].tolist()}, outside its constraint {constraint} "
                 "or on its boundary: change the initial value"
             )
         return nn.Parameter(unconstrained.clone().contiguous())
+
+
+def _statement(name: str) -> str:
+    where = declared_at()
+    return f"pyro.param({name!r})" + (f" ({where})" if where else "")
 
 
 class BoundProgram:

@@ -9,8 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.reparam_messenger import ReparamHandler
+from pyro.poutine.trace_messenger import TraceHandler
 from torch import Tensor, nn
 
 from pyro_lvm.errors import ProgramError
@@ -75,7 +79,7 @@ class Program:
         """Raise `TypeError` unless model and guide take the data ``args`` and ``kwargs``."""
         for role, function in (("model", self.model), ("guide", self.guide)):
             # an autoguide takes anything and hands it to its model
-            if function is None or isinstance(function, AutoGuide):
+            if function is None or isinstance(function, _HANDS_ON):
                 continue
             signature = _signature(function)
             try:
@@ -119,10 +123,18 @@ def as_program(program: Any, guide: Callable[..., Any] | None = None) -> Program
     )
 
 
+_HANDS_ON = (AutoGuide, EasyGuide)
+"""Guides that take anything and hand it on to the model they were made from."""
+
+
 def _resolved(source: Any, model: Callable[..., Any], guide: Callable[..., Any] | None) -> Program:
+    if isinstance(guide, GuideMessenger):
+        raise TypeError(
+            f"guide is a {type(guide).__name__}, which runs the model by itself and hides its rows: use "
+            "pyro.infer.autoguide.AutoNormal, or guide='mean_field'"
+        )
     of_model = row_keywords(model)
-    # an autoguide hands everything on to the model it was made from
-    of_guide = of_model if guide is None or isinstance(guide, AutoGuide) else row_keywords(guide)
+    of_guide = of_model if guide is None or isinstance(guide, _HANDS_ON) else row_keywords(guide)
     return Program(model, guide, source, _modules(source, model, guide), {"model": of_model, "guide": of_guide})
 
 
@@ -148,6 +160,8 @@ def _innermost(function: Any) -> Any:
             function = function.args[1]
         elif isinstance(function, partial) and isinstance(function.func, partial):
             function = function.func
+        elif isinstance(function, ReparamHandler | TraceHandler):
+            function = function.fn
         else:
             return function
 

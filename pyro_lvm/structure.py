@@ -86,6 +86,17 @@ class Site:
         return bool(getattr(self.fn, "has_enumerate_support", False))
 
     @property
+    def support(self) -> str:
+        """The values that one entry can take, in words."""
+        leaf = self.fn.support
+        while hasattr(leaf, "base_constraint"):
+            leaf = leaf.base_constraint
+        varies = [bound for bound in vars(leaf).values() if isinstance(bound, Tensor) and bound.numel() > 1]
+        if varies:
+            return type(leaf).__name__.lstrip("_")
+        return str(leaf).removesuffix("()").replace("lower_bound=", "").replace("upper_bound=", "")
+
+    @property
     def num_values(self) -> int | None:
         """How many values one entry can take, where they can be listed."""
         return len(self.base.enumerate_support(expand=False)) if self.enumerable else None

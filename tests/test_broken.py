@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
-from broken import mistake as corpus
-from broken import pairing, plates  # noqa: F401
 from broken.mistake import BROKEN, plain_pyro
+from broken.page import table, written
 
 import pyro_lvm as lvm
 
 NAMES = list(BROKEN)
 
 
+def test_the_corpus_is_large_enough():
+    assert len(NAMES) >= 50
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_caught_before_a_parameter_moves(name):
     mistake = BROKEN[name]()
     moved = []
-    with pytest.raises((lvm.ProgramError, lvm.ProgramWarning)) as caught:
+    program = mistake.model if mistake.guide is None else (mistake.model, mistake.guide)
+    with pytest.raises((ValueError, lvm.ProgramWarning)) as caught:
         lvm.fit(
-            (mistake.model, mistake.guide) if mistake.guide is not None else mistake.model,
+            program,
             mistake.data,
             elbo=mistake.elbo,
             batch_size=mistake.batch_size,
@@ -36,3 +38,7 @@ def test_it_is_caught_before_a_parameter_moves(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_plain_pyro_does(name):
     assert plain_pyro(BROKEN[name]()) == BROKEN[name]().pyro
+
+
+def test_the_page_says_what_was_measured():
+    assert written() == table().strip(), "run `python tests/broken/page.py`"

@@ -1,457 +1,165 @@
-"""The pre-flight: every mistake that Pyro lets pass is refused, naming the site, the numbers, and the edit."""
+"""`lvm.check`: the report of a sound program, and a look that moves nothing."""
 
 from __future__ import annotations
 
-from typing import Any
+import pathlib
+import warnings
 
-import oracles
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro import poutine
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from small_programs import (
+    Amortised,
+    Hooked,
+    data,
+    guide_of_mean,
+    mixture,
+    model_of_mean,
+    nothing,
+    process_left_alone,
+    rows,
+    same_state,
+    state_of,
+)
+from torch import nn
 
-from pyro_lvm.check import check_pair, check_support, traced
-from pyro_lvm.data import Batch, as_rows
-from pyro_lvm.elbo.estimator import make_estimator
-from pyro_lvm.errors import ProgramError
-from pyro_lvm.parameters import BoundProgram, isolated
-from pyro_lvm.program import as_program
-from pyro_lvm.structure import Structure
-
-N = 6
-X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-def prepared(model: Any, guide: Any, x: torch.Tensor = X, size: int | None = None) -> tuple[Structure, Batch]:
-    bound = BoundProgram(as_program((model, guide)))
-    batch = Batch((x,), {}, size or len(x), torch.arange(len(x)))
-    with isolated(0, validate=True):
-        return traced(bound.model, bound.guide, batch), batch
+import pyro_lvm as lvm
 
 
-def check(model: Any, guide: Any, elbo: Any = None, x: torch.Tensor = X, size: int | None = None) -> None:
-    structure, batch = prepared(model, guide, x, size)
-    check_pair(structure, make_estimator(elbo, structure), batch)
+def site(report, name):
+    return next(found for found in report.sites if found.name == name)
 
 
-def model(x: torch.Tensor, size: int | None = None) -> None:
-    with pyro.plate("data", size or len(x), subsample=x):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0).expand([len(x), 3]).to_event(1), obs=x)
+def test_the_table_of_a_mixture():
+    report = lvm.check((mixture, nothing), data(), batch_size=10)
+    component, x = report.sites
+    assert (component.name, component.role, component.distribution) == ("component", "latent", "Bernoulli")
+    assert [(p.name, p.dim, p.rows, p.size) for p in component.plates] == [("data", -1, 10, 40)]
+    assert (component.batch_shape, component.event_shape, component.support) == ((10,), (), "Boolean")
+    assert (component.enumeration, component.guide, component.kl) == ("2 values, parallel", "summed out", "summed out")
+    assert (x.role, x.scale, x.guide, x.kl, x.enumeration) == ("observed", "4", "observed", "", "")
+    assert report.rows == (10, 40)
+    assert report.cost == "2 values of 'component' = 2×"
+    assert report.parents == {"component": frozenset(), "x": {"component"}}
+    assert component.declared.startswith("small_programs.py:")
+    line = int(component.declared.split(":")[1])
+    source = pathlib.Path(mixture.__code__.co_filename).read_text(encoding="utf-8").splitlines()
+    assert "component = pyro.sample" in source[line - 1]
 
 
-def guide(x: torch.Tensor, size: int | None = None) -> None:
-    with pyro.plate("data", size or len(x), subsample=x):
-        pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+def test_how_the_kl_is_computed_is_a_matter_of_the_estimator():
+    for elbo, kl in ((TraceMeanField_ELBO(), "closed form"), (Trace_ELBO(), "sampled"), (None, "closed form")):
+        report = lvm.check((model_of_mean, guide_of_mean), data(), elbo)
+        assert site(report, "loc").kl == kl
+        assert site(report, "loc").guide == "Normal, reparameterised"
+        assert report.cost is None
 
 
-def no_guide(x: torch.Tensor, size: int | None = None) -> None:
-    pass
-
-
-def labels(x: torch.Tensor, size: int | None = None, how: str | None = "parallel") -> None:
-    with pyro.plate("data", size or len(x), subsample=x):
-        k = pyro.sample("k", dist.Categorical(x.new_ones(2)), infer={"enumerate": how} if how else {})
-        pyro.sample("x", dist.Normal(k.to(x).unsqueeze(-1), x.new_ones(3)).to_event(1), obs=x)
-
-
-@pytest.mark.parametrize("size", [N, 3 * N])
-def test_right_programs_pass(size):
-    for elbo in (None, Trace_ELBO(), TraceMeanField_ELBO(), TraceGraph_ELBO(), RenyiELBO()):
-        check(model, guide, elbo, size=size)
-    check(labels, no_guide, TraceEnum_ELBO(), size=size)
-
-    def shared(x, size=None):
-        m = pyro.sample("m", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
-        pyro.factor("nudge", -m.square().sum())
-        with pyro.plate("data", size or len(x), subsample=x, dim=-1):
-            pyro.sample("x", dist.Normal(m, 1.0).to_event(1), obs=x)
-            with pyro.plate("views", 4, dim=-3):
-                pyro.sample("v", dist.Normal(x.new_zeros(()), 1.0), obs=x.new_zeros(4, 1, len(x)))
-
-    check(shared, AutoNormal(shared), Trace_ELBO(), size=size)
-
-
-def refused(message: str, *args: Any, **kwargs: Any) -> None:
-    with pytest.raises(ProgramError, match=f"(?s){message}"):
-        check(*args, **kwargs)
-
-
-def test_a_site_missing_from_the_guide_and_its_near_miss():
-    def typo(x, size=None):
+def test_describe_prints_the_table_and_nested_plates(capsys):
+    def nested(x, size=None):
+        loc = pyro.param("loc", torch.zeros(4, 1))
         with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("zz", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            a = pyro.sample("a", dist.Normal(x.new_tensor(0.0), 1.0))
+            with pyro.plate("views", 4):
+                pyro.sample("x", dist.Normal(loc + a, 1.0), obs=x.T)
 
-    refused(r"'z' of the model has no site in the guide \(did you mean 'zz'\?\).*pyro.sample\('z'", model, typo)
-    refused(r"'z' of the model has no site in the guide: it would be drawn from its prior", model, no_guide)
+    lvm.check(nested, rows(6, 4), guide="mean_field").describe()
+    printed = capsys.readouterr().out
+    assert printed.startswith("site")
+    assert "estimator: Trace" in printed
+    diagram = printed[printed.index("┌") :]
+    assert diagram.splitlines() == [
+        "┌─ data: 6 ──────────────────────┐",
+        "│ a ~ Normal                     │",
+        "│ ┌─ views: 4 ─────────────────┐ │",
+        "│ │ x | a ~ Normal  (observed) │ │",
+        "│ └────────────────────────────┘ │",
+        "└────────────────────────────────┘",
+    ]
 
-    def mistyped_label(x, size=None):
+
+def test_nothing_moves():
+    module = Hooked()
+    before = state_of(module)
+    with process_left_alone():
+        lvm.check(module, rows(), batch_size=7)
+    assert same_state(module, before)
+    assert module.training
+
+
+def test_a_cast_is_taken_back():
+    module = Amortised()
+    lvm.check(module, rows(dtype=torch.float64))
+    assert next(module.parameters()).dtype is torch.float32
+
+
+def test_what_a_batch_normalised_guide_remembers_is_left_alone():
+    class Normalised(Amortised):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+    module = Normalised().double()
+    before = state_of(module)
+    lvm.check(module, rows(), batch_size=7)
+    assert same_state(module, before)
+
+
+def test_an_error_leaves_the_module_as_it_was():
+    module = Amortised()
+    before = state_of(module)
+    with pytest.raises(lvm.ProgramError, match="'z'"):
+        lvm.check((module.model, nothing), rows())
+    assert same_state(module, before)
+
+
+def test_check_false_is_respected_and_so_is_validate_args():
+    def grey(x, size=None):
+        logit = pyro.param("logit", torch.tensor(0.0))
         with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("kk", dist.Categorical(x.new_ones(2)))
+            pyro.sample("x", dist.Bernoulli(logits=logit, validate_args=self_validating), obs=x)
 
-    unmarked = lambda x, size=None: labels(x, size, None)  # noqa: E731
-    refused(r"'k' .*did you mean 'kk'", unmarked, mistyped_label)
-
-
-def test_a_site_that_only_the_guide_has():
-    def extra(x, size=None):
-        guide(x, size)
-        pyro.sample("scales", dist.Normal(0.0, 1.0))
-
-    def of_observed(x, size=None):
-        guide(x, size)
-        pyro.sample("x", dist.Normal(0.0, 1.0))
-
-    def auxiliary(x, size=None):
-        guide(x, size)
-        pyro.sample("scales", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
-
-    refused(r"guide site 'scales': the model has no such latent site.*is_auxiliary", model, extra)
-    refused(r"guide site 'x'.*no such latent site", model, of_observed)
-    check(model, auxiliary)
-
-    def with_scale(x, size=None):
-        pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        model(x, size)
-
-    def both(x, size=None):
-        pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        extra(x, size)
-
-    refused(r"guide site 'scales' \(did you mean 'scale'\?\): the model", with_scale, both)
+    x = torch.linspace(0.0, 1.0, 8)
+    self_validating = None
+    with pytest.raises(lvm.ProgramError, match="Bernoulli"):
+        lvm.fit((grey, nothing), x, steps=1)
+    assert lvm.fit((grey, nothing), x, steps=1, check=False, seed=0).info["steps"] == 1
+    self_validating = False
+    lvm.check((grey, nothing), x)
 
 
-def test_discrete_sites_that_nobody_sums_out():
-    refused(r"'k' \(Categorical\) is discrete.*infer=\{\"enumerate\": \"parallel\"\}.*TraceEnum_ELBO",
-            lambda x, size=None: labels(x, size, None), no_guide)  # fmt: skip
-    refused("'k'.*discrete", lambda x, size=None: labels(x, size, "sequential"), no_guide, TraceEnum_ELBO())
-    for elbo in (Trace_ELBO(), RenyiELBO(), TraceGraph_ELBO, TraceMeanField_ELBO):
-        refused(r"'k' \(Categorical\) is enumerated, but .*_?ELBO\(.*cannot sum it out: use elbo=TraceEnum_ELBO\(\)",
-                labels, no_guide, elbo)  # fmt: skip
-
-    def listed(x, size=None):
+def test_a_warning_stands_in_the_report_and_comes_from_fit():
+    def inside(x, size=None):
         with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("k", dist.Categorical(x.new_ones(2)), infer={"enumerate": "parallel"})
+            loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
-    refused(r"'k' .*use elbo=TraceEnum_ELBO", lambda x, size=None: labels(x, size, None), listed, Trace_ELBO())
-
-    def counts(x, size=None):
+    def one_for_all(x, size=None):
+        m = pyro.param("m", torch.tensor(0.0))
         with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("c", dist.Poisson(x.new_tensor(2.0)), infer={"enumerate": "parallel"})
-            pyro.sample("x", dist.Normal(x.new_zeros(3), 1.0).to_event(1), obs=x)
+            pyro.sample("loc", dist.Normal(m, 1.0))
 
-    refused(r"'c' \(Poisson\).*cannot be listed", counts, no_guide, TraceEnum_ELBO())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (doubt,) = lvm.check((inside, one_for_all), data()).warnings
+    assert "'loc'" in doubt
+    with pytest.warns(lvm.ProgramWarning, match="each of 40 rows has a value of its own") as caught:
+        lvm.fit((inside, one_for_all), data(), steps=1, seed=0)
+    assert caught[0].filename == __file__
 
 
-def test_missing_events():
-    def no_event(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0))
+def test_any_name_of_the_plate_will_do_if_its_size_is_that_of_the_data():
+    def flowers(x, size=None):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("flowers", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
-    with pytest.raises(ProgramError, match=r"(?s)'z' does not fit plate 'data'.*6 rows.*has 2.*\.to_event\(1\)"):
-        prepared(model, no_event)
+    assert site(lvm.check((flowers, nothing), data(), batch_size=10), "x").plates[0].name == "flowers"
 
-    def square(x, size=None):  # as many coordinates as rows: Pyro has nothing to say
-        with pyro.plate("data", size or len(x), subsample=x):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), len(x)), 1.0))
-            pyro.sample("x", dist.Normal(z.mean(), 1.0).expand([len(x), 3]).to_event(1), obs=x)
 
-    def square_guide(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("z", dist.Normal(x.new_zeros(len(x), len(x)), 1.0))
-
-    refused(r"'z'.*batch shape \(6, 6\).*dim -2 of 6 is in no plate.*to_event", square, square_guide)
-
-    def events_differ(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-
-    def of_two(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(x.new_zeros(3), 1.0).to_event(1), obs=x)
-
-    refused(r"'z' has event shape \(2,\) in the model and \(\) in the guide", of_two, events_differ)
-
-
-def test_parameters_and_data_that_broadcast_against_each_other():
-    x = X[:, 0]
-
-    def column(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("x", dist.Normal(x.new_zeros(len(x)), 1.0), obs=x.unsqueeze(-1))
-
-    refused(r"'x'.*shape \(6, 1\).*log-probability has shape \(6, 6\).*give both one shape", column, no_guide, x=x)
-
-    def column_of_parameters(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("x", dist.Normal(x.new_zeros(len(x), 1), 1.0), obs=x)
-
-    refused(r"'x'.*dim -2 of 6 is in no plate", column_of_parameters, no_guide, x=x)
-
-    def narrow(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("x", dist.Normal(x.new_zeros(3), 1.0).to_event(1), obs=x[:, :2])
-
-    refused(r"'x' has a value of shape \(6, 2\).*\(Normal\) has shape \(3,\)", narrow, no_guide)
-
-    def one_column_for_three(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("x", dist.Normal(x.new_zeros(3), 1.0).to_event(1), obs=x[:, :1])
-
-    refused(r"'x' has a value of shape \(6, 1\).*has shape \(3,\)", one_column_for_three, no_guide)
-
-    def too_long(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("x", dist.Normal(x.new_zeros(len(x)), 1.0), obs=x[:4])
-
-    refused(r"'x' has a value of shape \(4,\).*batch shape \(6,\)", too_long, no_guide, x=x)
-
-    def number(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("x", dist.Normal(x.new_zeros(3), 1.0).to_event(1), obs=x[0, 0])
-
-    refused(r"'x' has a value of shape \(\)", number, no_guide)
-
-
-def test_rows_without_a_plate():
-    def bare(x, size=None):
-        pyro.sample("x", dist.Normal(x.new_zeros(3), 1.0).expand([len(x), 3]).to_event(1), obs=x)
-
-    refused(
-        r"dim -1 of 6 is in no plate \(plates around it: none\).*pyro.plate\(\"data\", size or len\(x\)", bare, no_guide
-    )
-
-
-def test_plates_of_the_wrong_size():
-    def fixed(rows, subsampled):
-        def model(x, size=None):
-            with pyro.plate("data", rows, subsample=x if subsampled else None):
-                pyro.sample("x", dist.Normal(x.new_zeros(3), 1.0).to_event(1), obs=x)
-
-        return model
-
-    refused(r"plate 'data' around site 'x' has size 100, but the data set has 6 rows", fixed(100, True), no_guide)
-    with pytest.raises(ProgramError, match=r"plate 'data' around site 'x' has 100 rows, but the data have 6: write"):
-        prepared(fixed(100, False), no_guide)
-    refused(r"has size 6, but the data set has 18 rows: its scale", fixed(N, True), no_guide, size=3 * N)
-
-    def ragged(x, size=None):
-        with pyro.plate("data", 100):
-            pyro.sample("x", dist.Normal(x.new_zeros(len(x), 3), 1.0).to_event(1), obs=x)
-
-    with pytest.raises(ProgramError, match=r"plate 'data' around site 'x' has 100 rows, but the data have 6"):
-        prepared(ragged, no_guide)
-
-    def unscaled(x, size=None):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-
-    check(model, unscaled)
-    refused(r"around site 'z' has size 6, but the data set has 18 rows", model, unscaled, size=3 * N)
-
-
-def test_a_guide_outside_the_models_plates():
-    def tied(x, size=None):
-        pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-
-    refused(r"'z' is in 'data' of 6 in the model and in no plate in the guide", model, tied)
-
-    def in_plate(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-
-    def shared(x, size=None):
-        pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("x", dist.Normal(x.new_zeros(3), 1.0).to_event(1), obs=x)
-
-    refused("'z'", shared, in_plate)
-
-
-def test_rows_that_the_loader_hides_and_rows_that_a_plate_draws_itself():
-    def by_index(x, size=None, index=None):
-        with pyro.plate("data", size or len(x), subsample=index):
-            pyro.sample("x", dist.Normal(x.new_zeros(len(x), 3), 1.0).to_event(1), obs=x)
-
-    bound = BoundProgram(as_program((by_index, lambda x, size=None, index=None: None)))
-    with isolated(0, validate=True), pytest.raises(ProgramError, match="DataLoader hides the row numbers"):
-        traced(bound.model, bound.guide, Batch((X[:2],), {}, N, None))
-
-    def own_rows(x, size=None):
-        with pyro.plate("data", size or len(x), subsample_size=len(x)):
-            pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-
-    check(model, own_rows)
-    with pytest.raises(ProgramError, match=r"plate 'data' draws rows of its own \(6 of 18\).*subsample=index"):
-        prepared(model, own_rows, size=3 * N)
-
-
-def test_an_autoguide_that_meets_other_rows_than_those_it_was_fitted_to():
-    auto = AutoNormal(model)
-    prepared(model, auto)
-    with pytest.raises(ProgramError, match=r"(?s)6 rows, but the data have 4.*only the rows it was trained on"):
-        prepared(model, auto, X[:4])
-
-    def followed(x, size=None, index=None):
-        with pyro.plate("data", size or len(x), subsample=index):
-            loc = pyro.param("loc", x.new_zeros(N), event_dim=0)
-            pyro.sample("x", dist.Normal(loc.unsqueeze(-1), x.new_ones(3)).to_event(1), obs=x)
-
-    bound = BoundProgram(as_program((followed, lambda x, size=None, index=None: None)))
-    with isolated(0, validate=True):
-        traced(bound.model, bound.guide, Batch((X[:2],), {}, N, torch.tensor([4, 1])))
-        with pytest.raises(ProgramError, match=r"invalid shape of pyro.param.*each row"):
-            traced(bound.model, bound.guide, Batch((X[:4],), {}, 4, torch.arange(4)))
-
-
-def test_other_errors_of_a_program_stay_what_they_are():
-    def broken(x, size=None):
-        raise ValueError("the author's own words")
-
-    with pytest.raises(ValueError, match="the author's own words") as caught:
-        prepared(broken, no_guide)
-    assert not isinstance(caught.value, ProgramError)
-
-
-def positive(x: torch.Tensor, size: int | None = None) -> None:
-    s = pyro.sample("s", dist.LogNormal(x.new_tensor(0.0), 1.0))
-    with pyro.plate("data", size or len(x), subsample=x):
-        pyro.sample("x", dist.Normal(x.new_zeros(3), s).to_event(1), obs=x)
-
-
-def test_mean_field_with_an_autoguides_transform_and_why():
-    """Pyro's KL of a Delta forgets the log-density that the autoguide puts there: the bound would be off by it."""
-    auto = AutoNormal(positive)
-    with isolated(0):
-        auto(X)
-    refused(r"'s' is a transformed Normal.*TraceMeanField_ELBO\(\) leaves out.*Trace_ELBO\(\)", positive, auto,
-            TraceMeanField_ELBO())  # fmt: skip
-    check(positive, auto, Trace_ELBO())
-    with pyro.get_param_store().scope(), isolated(1):
-        trace = poutine.trace(auto).get_trace(X)
-        held = poutine.replay(auto, trace=trace)
-        right, wrong = Trace_ELBO().loss(positive, held, X), TraceMeanField_ELBO().loss(positive, held, X)
-    node = trace.nodes["s"]
-    missing = node["fn"].log_density.item()
-    assert missing == pytest.approx(-node["value"].log().item(), rel=1e-9)  # the Jacobian of log
-    assert right - wrong == pytest.approx(missing, rel=1e-9)
-    # and Trace_ELBO's value is the one by hand
-    loc, scale = auto.locs.s.item(), auto.scales.s.item()
-    s = node["value"].item()
-    log_q = float(oracles.normal_logpdf(torch.tensor(s).log().item(), loc, scale)) + missing
-    log_p = float(oracles.normal_logpdf(torch.tensor(s).log().item(), 0.0, 1.0)) + missing
-    by_hand = oracles.normal_logpdf(X.numpy(), 0.0, s).sum() + log_p - log_q
-    assert -right == pytest.approx(by_hand, rel=1e-6)
-
-
-def test_mean_field_without_transform_is_right_also_for_an_autoguide():
-    def shared(x, size=None):
-        m = pyro.sample("m", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("x", dist.Normal(m, 1.0).to_event(1), obs=x)
-
-    check(shared, AutoNormal(shared), TraceMeanField_ELBO())
-
-
-def test_mean_field_asks_for_reparameterised_sites_in_one_order():
-    def sampled(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("k", dist.Categorical(x.new_ones(2)))
-
-    unmarked = lambda x, size=None: labels(x, size, None)  # noqa: E731
-    refused(r"guide site 'k' \(Categorical\) cannot be reparameterised.*TraceGraph_ELBO", unmarked, sampled,
-            TraceMeanField_ELBO())  # fmt: skip
-    check(unmarked, sampled, TraceGraph_ELBO())
-
-    def two(x, size=None):
-        a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
-        b = pyro.sample("b", dist.Normal(a, 1.0))
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("x", dist.Normal(b, x.new_ones(3)).to_event(1), obs=x)
-
-    def turned(x, size=None):
-        b = pyro.sample("b", dist.Normal(x.new_zeros(()), 1.0))
-        pyro.sample("a", dist.Normal(b, 1.0))
-
-    refused(r"\['a', 'b'\].*\['b', 'a'\].*reorder", two, turned, TraceMeanField_ELBO())
-    check(two, turned, Trace_ELBO())
-
-
-def observing(make: Any) -> Any:
-    def model(x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("x", make(x), obs=x)
-
-    return model
-
-
-def supported(make: Any, x: Any, batch_size: int = 1024) -> None:
-    rows = as_rows(x)
-    bound = BoundProgram(as_program((observing(make), no_guide)))
-    first = rows.first(min(batch_size, len(rows)))
-    with isolated(0, validate=True):
-        check_support(traced(bound.model, bound.guide, first), first, rows, batch_size)
-
-
-@pytest.mark.parametrize("batch_size", [4, 5000])
-def test_the_support_of_every_row_is_checked(batch_size):
-    """Rows 0, 1100 and the very last: not the first batch alone."""
-    bits = lambda x: dist.Bernoulli(x.new_full((2,), 0.5)).to_event(1)  # noqa: E731
-    good = torch.zeros(2100, 2)
-    supported(bits, good, batch_size)
-    for row in (0, 1100, 2099):
-        bad = good.clone()
-        bad[row, 1] = 0.25
-        with pytest.raises(
-            ValueError, match=rf"(?s)Bernoulli.*data holds 1 values.*such as 0.25 in row {row}: make them 0 or 1"
-        ):
-            supported(bits, bad, batch_size)
-
-
-def test_supports_of_other_likelihoods():
-    with pytest.raises(ValueError, match=r"Poisson.*-1 in row 2: pass counts"):
-        supported(lambda x: dist.Poisson(x.new_tensor(2.0)), torch.tensor([0.0, 3.0, -1.0]))
-    with pytest.raises(ValueError, match=r"Categorical.*3 in row 1: number the categories"):
-        supported(lambda x: dist.Categorical(torch.ones(3)), torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match=r"Uniform.*2.5 in row 1: transform"):
-        supported(lambda x: dist.Uniform(0.0, 2.0), torch.tensor([0.5, 2.5]))
-    with pytest.raises(ValueError, match=r"Binomial.*4 in row 1: transform"):  # the plate copies the bound for each row
-        supported(lambda x: dist.Binomial(3, x.new_tensor(0.5)), torch.tensor([1.0, 4.0]))
-    simplex = torch.tensor([[0.5, 0.5], [0.7, 0.7]])
-    with pytest.raises(ValueError, match=r"Dirichlet.*\[0.69.*\] in row 1"):
-        supported(lambda x: dist.Dirichlet(torch.ones(2)), simplex)
-
-
-def test_what_cannot_be_checked_is_let_through():
-    other_for_each_row = lambda x: dist.Uniform(x - 1.0, x + 1.0)  # noqa: E731
-    supported(other_for_each_row, torch.tensor([0.5, 2.5]))
-
-    class Free(dist.Normal):
-        support = None  # type: ignore[assignment]
-
-        def expand(self, batch_shape, _instance=None):
-            return super().expand(batch_shape, self._get_checked_instance(Free, _instance))
-
-    supported(lambda x: Free(0.0, 1.0, validate_args=False), torch.tensor([0.5, 2.5]))
-
-    class Dependent(Free):
-        support = torch.distributions.constraints.dependent
-
-        def expand(self, batch_shape, _instance=None):
-            return super().expand(batch_shape, self._get_checked_instance(Dependent, _instance))
-
-    supported(lambda x: Dependent(0.0, 1.0, validate_args=False), torch.tensor([0.5, 2.5]))
-    # data that the program transforms itself are no longer the argument
-    supported(lambda x: dist.Normal(0.0, 1.0), torch.tensor([0.5, 2.5]))
-
-
-def test_only_the_first_batch_of_a_loader():
-    from torch.utils.data import DataLoader, TensorDataset
-
-    loader = DataLoader(TensorDataset(torch.tensor([0.0, 0.5, 1.0, 0.25])), batch_size=2)
-    with pytest.raises(ValueError, match=r"Bernoulli.*1 values.*0.5 in row 1"):
-        supported(lambda x: dist.Bernoulli(x.new_tensor(0.5)), loader)
+def test_an_estimator_that_lists_nothing_is_no_mistake():
+    report = lvm.check((model_of_mean, guide_of_mean), data(), TraceEnum_ELBO())
+    assert report.cost is None
+    assert lvm.fit((model_of_mean, guide_of_mean), data(), elbo=TraceEnum_ELBO(), steps=1, seed=0).info["steps"] == 1

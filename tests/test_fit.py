@@ -269,14 +269,14 @@ def test_an_interrupt_in_the_middle_of_an_epoch_or_of_the_last_evaluation():
             return super().model(x, size)
 
     module = Interrupting()
-    module.at = 7
+    module.at = 8
     fit = lvm.fit(module, rows(), epochs=50, batch_size=20, seed=0, validation=rows(5))
     assert fit.info["stopped"].startswith("interrupted after")
     assert len(fit.history["loss"]) == len(fit.history["validation_elbo"]) == fit.info["epochs"]
     last = Interrupting()
     last.at, calls[:] = -1, []
     lvm.fit(last, rows(), steps=1, seed=0)
-    last.at, calls[:] = 4, []
+    last.at, calls[:] = 5, []
     assert lvm.fit(last, rows(), steps=1, seed=0).info["elbo_passes"] >= 1
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
-from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.infer.autoguide import AutoGuideList, AutoNormal, AutoNormalMessenger
 from small_programs import Amortised, guide_of_mean, mixture, model_of_mean, nothing, rows
 from torch import nn
 
@@ -206,3 +206,8 @@ def test_a_decorated_pair_fits():
 
 def test_model_of_mean_is_a_program():
     assert as_program((model_of_mean, guide_of_mean)).keywords == {"model": {"size"}, "guide": {"size"}}
+
+
+def test_a_guide_that_runs_the_model_by_itself_is_refused():
+    with pytest.raises(TypeError, match=r"AutoNormalMessenger, which runs the model by itself.*use .*AutoNormal"):
+        as_program((model_of_mean, AutoNormalMessenger(model_of_mean)))

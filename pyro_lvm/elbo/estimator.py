@@ -38,6 +38,7 @@ class Estimator:
 
     def __init__(self, elbo: ELBO, structure: Structure, reason: str) -> None:
         self.elbo: Any = cast("Any", copy.copy(elbo))  # an ELBO caches what it learns about its first program
+        self.elbo.strict_enumeration_warning = False  # the pre-flight knows which discrete site is meant
         self.reason = reason
         vectorized = bool(self.elbo.vectorize_particles and self.elbo.num_particles > 1)
         self.elbo.max_plate_nesting = structure.max_plate_nesting + int(vectorized)
@@ -153,7 +154,7 @@ def plain_estimator(structure: Structure) -> Estimator:
     enumerated = [s.name for s in (*structure.enumerated_in_model, *structure.enumerated_in_guide)]
     if enumerated:
         why = f"chosen because {', '.join(enumerated)} is discrete and enumerated"
-        return Estimator(TraceEnum_ELBO(strict_enumeration_warning=False), structure, why)
+        return Estimator(TraceEnum_ELBO(), structure, why)
     if not structure.latent:
         return Estimator(Trace_ELBO(), structure, "chosen because nothing is latent")
     sampled = [site.name for site in structure.latent if not _has_closed_form(structure, site.name)]

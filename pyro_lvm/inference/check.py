@@ -60,10 +60,10 @@ def check(
         >>> [(site.name, site.role, site.scale, site.kl) for site in report.sites]
         [('z', 'latent', '5', 'closed form'), ('x', 'observed', '5', '')]
         >>> print(report.diagram())
-        ┌─ data: 20 of 100 ───────┐
-        │ z ~ Normal              │
+        ┌─ data: 20 of 100 ──────────┐
+        │ z ~ Normal                 │
         │ x | z ~ Normal  (observed) │
-        └─────────────────────────┘
+        └────────────────────────────┘
     """
     recipe = guide if is_recipe(guide) else None
     resolved = as_program(program, None if recipe is not None else guide)  # type: ignore[arg-type]

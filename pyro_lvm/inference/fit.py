@@ -84,7 +84,7 @@ def fit(
             pressing Ctrl-C, ends the fit with what it has.
         grad_clip_norm: the largest joint norm of all gradients, of the loss per datum.
         early_stopping: an `EarlyStopping`, or True for its defaults.
-        check: whether to check the pair and the data before the first step.
+        check: whether to check the pair and the data before the first step, as `check` does by itself.
         fresh: whether to initialise modules again; otherwise they continue from where they are.
         progress: a progress bar; None shows one on a terminal.
         device: where to compute; None is where the data lie.
@@ -98,6 +98,9 @@ def fit(
         TypeError: if an argument is of another kind than described (before any step). After each of these the modules
             are as they were.
         NonFiniteError: if the loss became NaN or infinite; the last finite parameters are restored.
+
+    Warns:
+        ProgramWarning: if the program may mean what it says, but seldom does (before any step).
 
     Units: ``fit.elbo`` and the parts in ``fit.history`` are nats per datum; ``history["loss"]`` is nats of the whole
     data set.
@@ -131,7 +134,8 @@ def fit(
                 reset(resolved.modules.values())
             request = Request(resolved, rows, held_out, recipe, elbo, batch_size, initialisation, check, fresh)
             prepared = prepare(request, untouched, cast)
-            doubts = suspicions(prepared.bound, prepared.structure, request.first()) if check else []
+            for doubt in suspicions(prepared.bound, prepared.structure, request.first()) if check else ():
+                warnings.warn(doubt, ProgramWarning, stacklevel=2)
             order = Order(rows, batch_size, strata_of(resolved, rows, batch_size), ordering)
             total_steps = steps if steps is not None else (epochs or 0) * order.steps_per_epoch
             parameters = list(prepared.bound.trainable().values())
@@ -147,8 +151,6 @@ def fit(
         untouched.restore()
         raise
     del untouched
-    for doubt in doubts:
-        warnings.warn(doubt, ProgramWarning, stacklevel=2)
     loop = Loop(prepared, order, torch_optimizer, schedule, parameters, grad_clip_norm, total_steps)
     watch = Watch(watching, stopping, held_out, evaluation, progress)
     with isolated(noise, validate=False):

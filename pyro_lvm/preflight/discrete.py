@@ -62,7 +62,7 @@ def check_discrete(structure: Structure, estimator: Estimator) -> None:
                 f"have: write {MARK} ({cost([site])})"
             )
         elif site.discrete and not site.enumerated:
-            raise ProgramError(_unmarked(site))
+            raise ProgramError(_unmarked(site, structure))
     if enumerates:
         _check_number_of_dims(structure)
 
@@ -75,7 +75,7 @@ def not_summed_out(site: Site, estimator: Estimator) -> str:
     )
 
 
-def _unmarked(site: Site) -> str:
+def _unmarked(site: Site, structure: Structure) -> str:
     if site.name.endswith("_unobserved"):
         return (
             f"{site} ({site.kind}) comes from obs_mask=, which drops infer= so that nobody sums it out: sample "
@@ -87,9 +87,10 @@ def _unmarked(site: Site) -> str:
             f"{site} ({site.kind}) is discrete, nobody sums it out, and its values cannot be listed: sample it in the "
             "guide and use elbo=TraceGraph_ELBO(), or truncate it to a Categorical"
         )
+    together = [s for s in structure.latent if s.enumerable and s.name not in structure.guide]
     return (
         f"{site} ({site.kind}) is discrete and nobody sums it out: add {MARK} to its pyro.sample and fit with "
-        f"TraceEnum_ELBO() (cost: {cost([site])})"
+        f"TraceEnum_ELBO() (cost: {cost(together)})"
     )
 
 

@@ -27,10 +27,10 @@ class Circumstances:
     model: Recorder
     guide: Recorder
 
-    def site(self, name: str) -> str:
-        """A site and the line of the failing callable (else of the other) that declares it."""
+    def site(self, name: str, where: str = "") -> str:
+        """A site and the line that declares it: of the failing callable, else of the other, else ``where``."""
         lines = [line for seen in (self.model, self.guide) for line in seen.lines.get(name, [])[-1:] if line]
-        return f"site {name!r}" + (f" ({lines[0]})" if lines else "")
+        return f"site {name!r}" + (f" ({lines[0]})" if lines else where)
 
 
 def plate_of_rows(name: str) -> str:
@@ -61,11 +61,14 @@ def explained(error: Exception, circumstances: Circumstances) -> str | None:
 
 
 def _assertion(error: Exception) -> str:
-    """Pyro's bare assertions have no words; the function they stand in tells them apart."""
-    step = error.__traceback__
-    while step is not None and step.tb_next is not None:
+    """Pyro's bare assertions have no words; the functions that they stand in tell them apart."""
+    name, site, step = "", "", error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_name
+        if name == "compute_log_prob":
+            site = f" of {step.tb_frame.f_locals['name']}"
         step = step.tb_next
-    return f"assertion in {step.tb_frame.f_code.co_name}" if step is not None else ""
+    return f"assertion in {name}{site}"
 
 
 def _shape_in_plate(found: re.Match[str], known: Circumstances, where: str) -> str:
@@ -73,9 +76,9 @@ def _shape_in_plate(found: re.Match[str], known: Circumstances, where: str) -> s
     rows, shape = int(found["rows"]), int(found["shape"])
     batch = known.batch
     if name == "data" and dim == -1 and rows != len(batch):
-        return wrong_rows(Plate(name, dim, rows, rows), known.site(site), batch)
+        return wrong_rows(Plate(name, dim, rows, rows), known.site(site, where), batch)
     return (
-        f"{known.site(site)} does not fit plate {name!r}: the plate has {rows} rows in dim {dim}, where the "
+        f"{known.site(site, where)} does not fit plate {name!r}: the plate has {rows} rows in dim {dim}, where the "
         f"distribution's batch shape has {shape}. {_edit_of_dim(shape, rows, name, batch)}"
     )
 
@@ -107,6 +110,12 @@ def _collision(found: re.Match[str], known: Circumstances, where: str) -> str:
 
 def _twice(found: re.Match[str], known: Circumstances, where: str) -> str:
     name = found["name"]
+    if name in known.model.rows or name in known.guide.rows:
+        made = [line for seen in (known.guide, known.model) for line in seen.lines.get(name, [])]
+        return (
+            f"plate {name!r} is made twice, at {' and '.join(map(str, made[-2:]))}: make it once, plate = "
+            f'pyro.plate("{name}", ...), and write `with plate:` wherever it is needed'
+        )
     lines = next((seen.lines[name] for seen in (known.model, known.guide) if len(seen.lines.get(name, [])) > 1), [])
     places = " and ".join(str(line) for line in lines[:2]) or "two places"
     loop = len(lines) > 1 and lines[0] == lines[1]
@@ -121,6 +130,8 @@ def _site_and_parameter(found: re.Match[str], known: Circumstances, where: str) 
 
 def _observed_in_guide(found: re.Match[str], known: Circumstances, where: str) -> str:
     name = found["name"]
+    if name in known.guide.params:
+        return f"{name!r} names a parameter of the guide and a site or a plate of the model: rename one of them"
     return (
         f"{known.site(name)} is latent in the model but observed in the guide: take obs= away from "
         f"pyro.sample({name!r}, ...) in the guide"
@@ -141,7 +152,7 @@ def _parameter_of_distribution(found: re.Match[str], known: Circumstances, where
     if numbers is not None and numbers[0] == "nan":
         edit = "look for a logarithm or a division that meets zero on its way"
     last = known.model.last or known.guide.last
-    after = f", after site {last!r}" if last else ""
+    after = f", after site {last!r}," if last else ""
     return f"{kind}{where}{after} has a parameter {name!r} outside {constraint}{shown}: {edit}"
 
 
@@ -197,9 +208,10 @@ def _scales(found: re.Match[str], known: Circumstances, where: str) -> str:
 
 
 def _conflict(found: re.Match[str], known: Circumstances, where: str) -> str:
+    site = known.site(found["site"] or found["asserted"])
     return (
-        f"{known.site(found['site'])} depends on an enumerated site whose dim has been used again: let pyro.markov "
-        "remember as many steps as it looks back, pyro.markov(range(T), history=2)"
+        f"{site} depends on an enumerated site whose dim has been used again: "
+        "let pyro.markov remember as many steps as it looks back, pyro.markov(range(T), history=2)"
     )
 
 
@@ -232,12 +244,12 @@ _PATTERNS: tuple[tuple[str, _Words], ...] = (
         r"(?P<constraint>.*?), but found invalid values:(?P<values>.*)",
         _parameter_of_distribution,
     ),
-    (r"Expected all tensors to be on the same device.*", _device),
+    (r"Expected all tensors to be on the same device.*|Tensor on device \w+ is not on the expected device.*", _device),
     (r"expected scalar type \w+ but found \w+|.*(?:same dtype|dtypes match).*", _dtype),
     (r"assertion in _subsample", _no_size),
     (r"index_select\(\): .*|index out of range in self", _row_numbers),
     (r"share a common poutine.scale|enumeration only supports scalar poutine.scale", _scales),
-    (r'Enumeration dim conflict at site "(?P<site>.*?)"', _conflict),
+    (r'Enumeration dim conflict at site "(?P<site>.*?)"|assertion in log_prob of (?P<asserted>\S+)', _conflict),
     (r"subsample_size does not match len\(subsample\), (?P<told>\d+) vs (?P<rows>\d+)", _sizes_of_subsample),
     (r"duplicate plate '(?P<name>.*?)'", _duplicate_plate),
 )

@@ -12,7 +12,8 @@ from torch.distributions import constraints
 
 from pyro_lvm.data import Batch, Rows
 from pyro_lvm.errors import ProgramError
-from pyro_lvm.structure import Site, Structure
+from pyro_lvm.parameters import BoundProgram
+from pyro_lvm.structure import Site, Structure, trace_structure
 
 __all__ = ["check_observations", "check_support"]
 
@@ -58,7 +59,7 @@ def _is_number(value: Tensor) -> bool:
     return value.dim() == 0 and value.device.type == "cpu"  # torch lets these meet any device
 
 
-def check_support(structure: Structure, batch: Batch, rows: Rows, batch_size: int) -> None:
+def check_support(bound: BoundProgram, structure: Structure, batch: Batch, rows: Rows, batch_size: int) -> None:
     """Raise where a row of the data lies outside the support of the site that observes it.
 
     Only supports that do not change from row to row are checked, on all rows (on the first batch of a loader), and
@@ -75,9 +76,18 @@ def check_support(structure: Structure, batch: Batch, rows: Rows, batch_size: in
         for part in [batch] if rows.loader is not None else rows.batches(max(batch_size, 1024)):
             value = part.tensors()[name]
             inside = torch.as_tensor(support.check(value))
-            if not bool(inside.all()):
+            if not bool(inside.all()) and not _inside_of_its_own(bound, site, part, value):
                 _refuse(site, name, value, inside, start)
             start += len(part)
+
+
+def _inside_of_its_own(bound: BoundProgram, site: Site, part: Batch, value: Tensor) -> bool:
+    """Whether the rows lie in the support that the program gives them; that of the first rows may be another."""
+    try:
+        again = trace_structure(bound.model, None, part).model[site.name]
+    except (RuntimeError, ValueError, KeyError):
+        return False
+    return bool(torch.as_tensor(again.fn.support.check(value)).all())
 
 
 def _observed_arguments(structure: Structure, batch: Batch) -> Iterator[tuple[Site, str]]:
@@ -110,7 +120,7 @@ def _refuse(site: Site, name: str, value: Tensor, inside: Tensor, start: int) ->
     mend = _MENDS.get(site.kind, "transform the data into the support, or choose another likelihood")
     raise ProgramError(
         f"{site} has a {site.kind} likelihood, but {name} holds {len(outside)} values outside its support "
-        f"{site.fn.support} in rows {start} to {start + len(value) - 1}, such as {_shown(example)} in row "
+        f"{site.support} in rows {start} to {start + len(value) - 1}, such as {_shown(example)} in row "
         f"{start + where[0]}: {mend}"
     )
 

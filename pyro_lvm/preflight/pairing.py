@@ -10,7 +10,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_lvm.errors import ProgramError
-from pyro_lvm.structure import Site, Structure
+from pyro_lvm.structure import Plate, Site, Structure
 
 __all__ = ["check_pairing"]
 
@@ -38,20 +38,20 @@ def check_pairing(structure: Structure) -> None:
         if not site.discrete or _near(site, structure):  # else it is a matter of enumeration
             raise ProgramError(
                 f"{site} of the model has no site in the guide{_near(site, structure)}: it would be drawn from its "
-                f"prior and never learned. Add pyro.sample({site.name!r}, ...) to the guide"
+                f"prior and never learned. {_edit_of_missing(site, structure)}"
             )
     latent = [site.name for site in structure.latent]
     for site in structure.guide.values():
         model_site = structure.model.get(site.name)
         if model_site is not None and model_site.observed:
             raise ProgramError(
-                f"guide {site} has a counterpart, but the model observes {model_site}, and the model has no such "
-                f"latent site: take pyro.sample({site.name!r}, ...) out of the guide, or obs= out of the model"
+                f"guide {site}: the model has no such latent site, it observes {model_site}. Take "
+                f"pyro.sample({site.name!r}, ...) out of the guide"
             )
         if not site.auxiliary and model_site is None:
             raise ProgramError(
-                f"guide {site}{_did_you_mean(site.name, latent)}: the model has no such latent site. Rename it, or "
-                "mark it infer={'is_auxiliary': True}"
+                f"guide {site}{_did_you_mean(site.name, latent)}: the model has no such latent site. Take it out of "
+                "the guide, or mark it infer={'is_auxiliary': True} if the guide needs it to make another"
             )
     for name, guide_site in structure.guide.items():
         if name in structure.model:
@@ -67,8 +67,20 @@ def _near(site: Site, structure: Structure) -> str:
     return _did_you_mean(site.name, extra)
 
 
+def _edit_of_missing(site: Site, structure: Structure) -> str:
+    extra = [g.name for g in structure.guide.values() if g.name not in structure.model and not g.auxiliary]
+    close = _close(site.name, extra)
+    if not close:
+        return f"Add pyro.sample({site.name!r}, ...) to the guide"
+    return f"Rename pyro.sample({close[0]!r}, ...) of the guide to pyro.sample({site.name!r}, ...)"
+
+
+def _close(name: str, candidates: list[str]) -> list[str]:
+    return difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+
+
 def _did_you_mean(name: str, candidates: list[str]) -> str:
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    close = _close(name, candidates)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -100,8 +112,18 @@ def _check_same_plates(model_site: Site, guide_site: Site) -> None:
         raise ProgramError(
             f"{model_site} is in {told[0]} in the model and in {told[1]} in the guide"
             f"{f' ({guide_site.declared})' if guide_site.declared else ''}: its terms would be counted a different "
-            f"number of times. Open {told[0]} around it in the guide"
+            f"number of times. {_edit_of_plates(model_plates, guide_plates)}"
         )
+
+
+def _edit_of_plates(in_model: dict[int, Plate], in_guide: dict[int, Plate]) -> str:
+    lacking = [plate.name for dim, plate in in_model.items() if dim not in in_guide]
+    if lacking:
+        return f"Sample it inside of plate {lacking[0]!r} in the guide"
+    beyond = [plate.name for dim, plate in in_guide.items() if dim not in in_model]
+    if beyond:
+        return f"Sample it outside of plate {beyond[0]!r} in the guide"
+    return "Give the guide's plates the sizes of the model's"
 
 
 def _bounds(support: Any) -> tuple[str, Any, Any]:
@@ -139,17 +161,9 @@ def _check_same_support(model_site: Site, guide_site: Site) -> None:
     if in_model == in_guide or "varying" in (*in_model, *in_guide) or (circular and not model_site.discrete):
         return
     raise ProgramError(
-        f"{model_site} has the support {_shown(model_site)} in the model ({model_site.kind}) but "
-        f"{_shown(guide_site)} in the guide ({guide_site.kind}): {_edit_of_support(model_site)}"
+        f"{model_site} has the support {model_site.support} in the model ({model_site.kind}) but "
+        f"{guide_site.support} in the guide ({guide_site.kind}): {_edit_of_support(model_site)}"
     )
-
-
-def _shown(site: Site) -> str:
-    base = site.fn.support
-    while hasattr(base, "base_constraint"):
-        base = base.base_constraint
-    text = str(base)
-    return text.removesuffix("()")
 
 
 def _edit_of_support(model_site: Site) -> str:
@@ -170,7 +184,7 @@ def _check_point(model_site: Site, guide_site: Site) -> None:
     if not bool(inside.all()):
         raise ProgramError(
             f"{model_site} is put at {guide_site.value.flatten()[:3].tolist()} by the guide, outside the support "
-            f"{_shown(model_site)} of the model ({model_site.kind}): declare the guide's parameter with a constraint"
+            f"{model_site.support} of the model ({model_site.kind}): declare the guide's parameter with a constraint"
         )
 
 
@@ -190,8 +204,10 @@ def _check_same_rows(structure: Structure) -> None:
     """A plate that both open holds the same rows: else every datum trains the latent of another."""
     for name, in_model in structure.model_rows.items():
         in_guide = structure.guide_rows.get(name)
-        if not (isinstance(in_model, Tensor) and isinstance(in_guide, Tensor)) or in_model is in_guide:
+        if not (isinstance(in_model, Tensor) and isinstance(in_guide, Tensor)):
             continue
+        if in_model.is_floating_point() or in_guide.is_floating_point():
+            continue  # data, which only tell how many rows there are
         if in_model.shape == in_guide.shape and not torch.equal(in_model, in_guide):
             raise ProgramError(
                 f"plate {name!r} holds other rows in the model ({in_model.flatten()[:3].tolist()}, ...) than in the "

@@ -171,26 +171,15 @@ def _row(site: Site, structure: Structure, estimator: Estimator) -> SiteReport:
         site.declared or "",
         role,
         site.kind,
-        tuple(sorted(site.plates, key=lambda plate: plate.dim, reverse=False)),
+        site.plates[::-1],
         tuple(site.fn.batch_shape),
         tuple(site.fn.event_shape),
-        _support(site),
+        site.support,
         f"{site.num_values} values, {listed}" if listed and not site.observed else "",
         _scale(site),
         _in_guide(site, guide_site, role),
         _kl(site, guide_site, role, estimator),
     )
-
-
-def _support(site: Site) -> str:
-    base = site.fn.support
-    while hasattr(base, "base_constraint"):
-        base = base.base_constraint
-    for bound in ("lower_bound", "upper_bound"):
-        value = getattr(base, bound, None)
-        if isinstance(value, Tensor) and value.numel() > 1:
-            return type(base).__name__.lstrip("_")
-    return str(base).removesuffix("()")
 
 
 def _scale(site: Site) -> str:

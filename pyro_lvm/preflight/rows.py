@@ -42,14 +42,20 @@ def check_rows(bound: BoundProgram, structure: Structure, batch: Batch, rows: Ro
         except (ValueError, RuntimeError) as error:
             raise ProgramError(
                 f"the program takes the first batch, of {batch_size} rows, but not the last, of {len(last)} "
-                f"({len(rows)} rows in all): {error}"
+                f"({len(rows)} rows in all): {str(error).split('. ')[0]}. Write len(x) where it has a number of rows"
             ) from error
 
 
 def _check_observed_rows(bound: BoundProgram, structure: Structure, batch: Batch) -> None:
     """What is observed is the batch, not something of the same shape that stays when the rows change."""
     given = {value.data_ptr() for value in batch.tensors().values() if isinstance(value, Tensor)}
-    inside = [s for s in structure.observed if s.inside(structure.data_plate) and s.value.numel() >= len(batch)]
+    inside = [
+        site
+        for site in structure.observed
+        if site.inside(structure.data_plate)
+        and site.value.numel() >= len(batch)
+        and not bool((site.value == site.value.flatten()[0]).all())  # a constant is the same for all rows
+    ]
     if not inside or any(site.value.data_ptr() in given for site in inside):
         return
     turned = _reversed(batch)

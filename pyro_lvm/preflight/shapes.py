@@ -76,7 +76,7 @@ def _check_value(site: Site, value_shape: tuple[int, ...]) -> None:
 
 def _same_columns(value_shape: tuple[int, ...], event_shape: tuple[int, ...]) -> str:
     if value_shape and event_shape and value_shape[-1] != event_shape[-1]:
-        return f"make parameters with {value_shape[-1]} columns, or pass a value with {event_shape[-1]}"
+        return f"make as many parameters as the value has columns, {value_shape[-1]}"
     return f"reshape the value to (..., {', '.join(map(str, event_shape))})"
 
 
@@ -90,8 +90,8 @@ def _check_rows_in_event(site: Site, structure: Structure, batch: Batch) -> None
         given = [v.data_ptr() for v in batch.tensors().values() if isinstance(v, torch.Tensor)]
         if len(batch) != batch.size and site.value.data_ptr() in given:
             raise ProgramError(
-                f"{site} has event shape {event_shape}, which holds the {len(batch)} rows of the batch, in no plate: it "
-                f"would not be scaled to the {batch.size} rows of the data. Write {plate_of_rows('data')}, and one "
+                f"{site} has event shape {event_shape}, which holds the {len(batch)} rows of the batch, in no plate: "
+                f"it would not be scaled to the {batch.size} rows of the data. Write {plate_of_rows('data')}, and one "
                 "event dim fewer"
             )
         return

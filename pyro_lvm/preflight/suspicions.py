@@ -27,6 +27,8 @@ def _labels_of_everything(structure: Structure) -> list[str]:
     if not observed:
         return []
     rows = next(plate.size for plate in observed[0].plates if plate.name == structure.data_plate)
+    if not any(_same_for_all(site, structure.data_plate) for site in observed):
+        return []  # the rows differ by something else, such as a time before or after a point of change
     return [
         f"{site} ({site.kind}) is summed out outside of plate {structure.data_plate!r}: all {rows} rows have one value "
         "of it in common. If each has its own, move it into the plate"
@@ -83,8 +85,8 @@ def _of_rows_alike(site: Site, structure: Structure, batch: Batch, network: bool
         )
     return (
         f"{site} ({site.kind}) lies in plate {structure.data_plate!r}, so that each of {batch.size} rows has a value "
-        "of its own, but the guide gives all rows one distribution: if all rows share it, sample it before the plate, in "
-        "model and guide"
+        "of its own, but the guide gives all rows one distribution: if all rows share it, sample it before the plate, "
+        "in model and guide"
     )
 
 
@@ -95,7 +97,10 @@ def _same_for_all(site: Site, plate: str | None) -> bool:
         return False
     rows = site.value.shape[dim - events]
     common = site.value.narrow(site.value.dim() + dim - events, 0, 1).expand_as(site.value)
-    log_prob = site.fn.log_prob(common)
+    try:
+        log_prob = site.fn.log_prob(common)
+    except (KeyError, NotImplementedError):
+        return False  # a flow without an inverse has no density for a value of another row
     if log_prob.dim() < -dim or log_prob.shape[dim] != rows:
         return True
     first = log_prob.narrow(log_prob.dim() + dim, 0, 1)

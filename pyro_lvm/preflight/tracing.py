@@ -27,8 +27,8 @@ def traced(model: Any, guide: Any | None, batch: Batch) -> Structure:
     try:
         structure = trace_structure(rows(model), None if guide is None else rows(guide), batch, seen)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        if isinstance(error, ProgramError):
-            raise
+        if isinstance(error, ProgramError):  # to which Pyro has added its table of shapes
+            raise ProgramError(str(error).split("\nTrace Shapes:")[0]) from error
         if rows.misfit is not None:  # whatever shapes clashed, they clashed for this
             raise ProgramError(wrong_rows(*rows.misfit, batch)) from error
         reason = explained(error, Circumstances(batch, *seen))

@@ -31,8 +31,10 @@ def try_estimator(bound: BoundProgram, structure: Structure, estimator: Estimato
         with bound.holding(None), warnings.catch_warnings():
             # a loss that is not finite is the loop's affair, which reads it and restores the parameters
             warnings.filterwarnings("ignore", "Encountered", UserWarning)
+            # Pyro goes by the order of sites; the pre-flight has gone by what hangs on what
+            warnings.filterwarnings("ignore", "Failed to verify mean field restriction", UserWarning)
             estimator.evaluate(trial, batch)  # type: ignore[arg-type]
-    except (RuntimeError, ValueError, NotImplementedError, KeyError, IndexError) as error:
+    except (RuntimeError, ValueError, AssertionError, NotImplementedError, KeyError, IndexError) as error:
         if isinstance(error, ProgramError):
             raise
         reason = explained(error, seen)

@@ -67,7 +67,7 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def plain_pyro(mistake: Mistake) -> str:
-    """What three steps of `pyro.infer.SVI` do: "silent", "warns" or "raises". Warnings of a torch build do not count."""
+    """What three steps of `pyro.infer.SVI` do: "silent", "warns" or "raises"."""
     args = mistake.data if isinstance(mistake.data, tuple) else (mistake.data,)
     n, rows = len(args[0]), mistake.batch_size or len(args[0])
     model = with_keywords(mistake.model)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
-from broken.mistake import COLUMN, X, Mistake, broken, nothing
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import constraints
+
+from broken.mistake import COLUMN, Mistake, X, broken, nothing
 
 
 def model(x, size=None):
@@ -41,7 +42,9 @@ def misspelt_guide_site():
         with pyro.plate("data", size or len(x), subsample=x):
             pyro.sample("zz", dist.Normal(encoded(x), 1.0).to_event(1))
 
-    return Mistake(model, typo, (r"site 'z' \(pairing.py:\d+\)", r"did you mean 'zz'\?", r"pyro.sample\('z'"), "warns")
+    return Mistake(
+        model, typo, (r"site 'z' \(pairing.py:\d+\)", "did you mean 'zz'", r"Rename pyro.sample\('zz'.*'z'"), "warns"
+    )
 
 
 @broken
@@ -98,7 +101,7 @@ def guide_draws_what_the_model_observes():
         with pyro.plate("rows", size or len(x), subsample=x):
             pyro.sample("x", dist.Normal(x, 1.0).to_event(1))
 
-    return Mistake(model, drawing, ("guide site 'x'", "no such latent site", "out of the guide"), "warns")
+    return Mistake(model, drawing, ("guide site 'x'", "no such latent site", "Take.*out of the guide"), "warns")
 
 
 @broken
@@ -239,9 +242,13 @@ def categories_that_differ():
             pyro.sample("k", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
 
     return Mistake(
-        labelled, wider, ("site 'k'", "2 values in the model and 3", "Categorical 2"), "raises", data=COLUMN,
+        labelled,
+        wider,
+        ("site 'k'", "2 values in the model and 3", "Categorical 2"),
+        "raises",
+        data=COLUMN,
         elbo=pyro.infer.TraceEnum_ELBO(),
-    )  # fmt: skip
+    )
 
 
 @broken
@@ -251,7 +258,9 @@ def local_in_the_model_global_in_the_guide():
     def shared(x, size=None):
         pyro.sample("z", dist.Normal(pyro.param("m", torch.zeros(2)), 1.0).to_event(1))
 
-    return Mistake(model, shared, ("site 'z'", "'data' of 20 in the model and in no plate", "Open 'data'"), "raises")
+    return Mistake(
+        model, shared, ("site 'z'", "'data' of 20 in the model and in no plate", "inside of plate 'data'"), "raises"
+    )
 
 
 @broken
@@ -263,7 +272,12 @@ def global_in_the_model_local_in_the_guide():
         with pyro.plate("data", size or len(x), subsample=x):
             pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True).expand(len(x), 3), 1.0).to_event(1), obs=x)
 
-    return Mistake(global_model, guide, ("site 'z'", "no plate in the model and in 'data' of 20", "guide"), "raises")
+    return Mistake(
+        global_model,
+        guide,
+        ("site 'z'", "no plate in the model and in 'data' of 20", "outside of plate 'data'"),
+        "raises",
+    )
 
 
 @broken
@@ -294,9 +308,14 @@ def other_rows_in_the_guide():
             pyro.sample("z", dist.Normal(loc[index], 1.0))
 
     return Mistake(
-        by_number, other, ("plate 'data'", r"\[0, 1, 2\].*\[1, 2, 3\]", "subsample=index"), "silent", data=COLUMN,
-        batch_size=8, elbo=Trace_ELBO(),
-    )  # fmt: skip
+        by_number,
+        other,
+        ("plate 'data'", r"\[0, 1, 2\].*\[1, 2, 3\]", "subsample=index"),
+        "silent",
+        data=COLUMN,
+        batch_size=8,
+        elbo=Trace_ELBO(),
+    )
 
 
 @broken
@@ -324,3 +343,20 @@ def autoguide_of_minibatches():
     return Mistake(
         model, None, ("site 'z'", "a value for each datum", "subsample=index"), "silent", batch_size=10, data=X
     )
+
+
+@broken
+def misspelt_label():
+    """The guide's label is misspelt, and the model's nobody sums out"""
+
+    def labelled(x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            label = pyro.sample("label", dist.Categorical(x.new_ones(2)))
+            pyro.sample("x", dist.Normal(label.to(x), pyro.param("s", torch.tensor(1.0))), obs=x)
+
+    def mistyped(x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("lable", dist.Categorical(x.new_ones(2)), infer={"enumerate": "parallel"})
+
+    says = ("site 'label'", "did you mean 'lable'", "Rename pyro.sample")
+    return Mistake(labelled, mistyped, says, "warns", data=COLUMN, elbo=pyro.infer.TraceEnum_ELBO())
