@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyro_lvm import datasets, likelihoods, networks, plots, priors
+from pyro_lvm import datasets, likelihoods, networks, plots, priors, testing
 from pyro_lvm.criticism.compare import compare_elbos
 from pyro_lvm.criticism.evidence import log_evidence
 from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
@@ -44,4 +44,5 @@ __all__ = [
     "networks",
     "plots",
     "priors",
+    "testing",
 ]

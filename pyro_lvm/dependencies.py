@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions import Delta
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
@@ -64,7 +64,8 @@ class _Tracked(Messenger):
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], _Subsample):
+        # what `pyro.deterministic` names keeps the origins it has
+        if isinstance(msg["fn"], _Subsample) or (msg["infer"] or {}).get("_deterministic"):
             return
         value = detach_provenance(msg["value"])
         self.parents[msg["name"]] = _origins(msg["fn"], value)
@@ -73,7 +74,7 @@ class _Tracked(Messenger):
 
 def _origins(fn: Any, value: Any) -> frozenset[str]:
     base = fn
-    while isinstance(base, Independent | MaskedDistribution):
+    while isinstance(base, Independent):
         base = base.base_dist
     if isinstance(base, Delta):
         return frozenset(get_provenance([base.v, base.log_density]))

@@ -70,19 +70,20 @@ class Untouched:
             if id(tensor) not in self._values:
                 self._values[id(tensor)] = (tensor, tensor.data, tensor.detach().clone())
                 gradient = tensor.grad
-                self._gradients[id(tensor)] = (tensor, gradient, None if gradient is None else gradient.data)
+                self._gradients[id(tensor)] = (tensor, gradient, None if gradient is None else gradient.data.clone())
 
     def restore(self) -> None:
         """Put everything back."""
         for inner, attributes in self._attributes.values():
             vars(inner).clear()
-            vars(inner).update(attributes)
+            # dictionaries of its own, so that what happens to them later is no part of what is kept
+            vars(inner).update({k: v.copy() if isinstance(v, dict) else v for k, v in attributes.items()})
         for tensor, storage, value in self._values.values():
             tensor.grad = None
             tensor.data = storage.copy_(value)
         for tensor, gradient, storage_of_gradient in self._gradients.values():
             if gradient is not None and storage_of_gradient is not None:
-                gradient.data = storage_of_gradient
+                gradient.data = storage_of_gradient.clone()
             tensor.grad = gradient
 
 

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from pyro_lvm.graph.picture import graph
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["image_grid", "interpolation", "latent", "loss", "mixture", "reconstructions", "samples"]
+__all__ = ["graph", "image_grid", "interpolation", "latent", "loss", "mixture", "reconstructions", "samples"]
 
 
 def loss(fit: Any) -> Figure:

@@ -25,6 +25,7 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 # A module may import those that stand before it. One entry stands for a file or for a whole folder.
 ORDER = (
     "errors",
+    "declaration",
     "networks",
     "likelihoods",
     "prior_distributions",
@@ -32,7 +33,6 @@ ORDER = (
     "program",
     "parameters",
     "data",
-    "declaration",
     "structure",
     "dependencies",
     "guides",
@@ -44,6 +44,7 @@ ORDER = (
     "to_arviz",
     "criticism",
     "inference",
+    "graph",
     "plots",
     "datasets",
     "testing",

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from pyro.infer import ELBO
 from pyro.infer.autoguide import AutoGuide
 
 from pyro_lvm.data import as_rows
-from pyro_lvm.guides import GuideKind, is_recipe
-from pyro_lvm.inference.prepare import Request, placed, prepare
+from pyro_lvm.guides import GuideKind
+from pyro_lvm.inference.prepare import Request, placed, prepare, resolve
 from pyro_lvm.parameters import Untouched, isolated
 from pyro_lvm.preflight.pair import dependencies
 from pyro_lvm.preflight.report import Report, make_report
 from pyro_lvm.preflight.suspicions import suspicions
-from pyro_lvm.program import as_program
 
 __all__ = ["check"]
 
@@ -65,10 +63,7 @@ def check(
         │ x | z ~ Normal  (observed) │
         └────────────────────────────┘
     """
-    recipe = guide if is_recipe(guide) else None
-    resolved = as_program(program, None if recipe is not None else guide)  # type: ignore[arg-type]
-    if recipe is not None:
-        resolved = replace(resolved, guide=None)
+    resolved, recipe = resolve(program, guide)
     untouched = Untouched(resolved.modules.values())
     try:
         with isolated(0, validate=True):

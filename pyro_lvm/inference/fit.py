@@ -20,18 +20,17 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_lvm.data import Rows, as_rows
 from pyro_lvm.errors import ProgramWarning
 from pyro_lvm.evaluation import fresh_seed
-from pyro_lvm.guides import GuideKind, is_recipe
+from pyro_lvm.guides import GuideKind
 from pyro_lvm.inference.bound import mean_elbo
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.epochs import Order, strata_of
 from pyro_lvm.inference.loop import Loop, Watch
 from pyro_lvm.inference.optimisation import make_optimizer
-from pyro_lvm.inference.prepare import Request, placed, prepare, reset
+from pyro_lvm.inference.prepare import Request, placed, prepare, reset, resolve
 from pyro_lvm.inference.progress import EpochEnd
 from pyro_lvm.inference.record import Fit
 from pyro_lvm.parameters import Untouched, isolated
 from pyro_lvm.preflight.suspicions import suspicions
-from pyro_lvm.program import as_program
 
 __all__ = ["fit"]
 
@@ -118,10 +117,7 @@ def fit(
         _require_positive(name, count, whole=True)
     _require_positive("grad_clip_norm", grad_clip_norm)
     watching = _callbacks(callbacks)
-    recipe = guide if is_recipe(guide) else None
-    resolved = as_program(program, None if recipe is not None else guide)  # type: ignore[arg-type]
-    if recipe is not None:
-        resolved = replace(resolved, guide=None)
+    resolved, recipe = resolve(program, guide)
     seed = fresh_seed() if seed is None else seed
     initialisation, ordering, noise, evaluation = _streams(seed)
     rows, held_out = _rows(data, validation, batch_size, ordering)

@@ -15,17 +15,17 @@ from pyro_lvm.data import Batch, Rows
 from pyro_lvm.elbo.estimator import Estimator, make_estimator
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import batch_to_trace
-from pyro_lvm.guides import make_guide
+from pyro_lvm.guides import is_recipe, make_guide
 from pyro_lvm.parameters import BoundProgram, Untouched, bind
 from pyro_lvm.preflight.observations import check_support
 from pyro_lvm.preflight.pair import check_pair
 from pyro_lvm.preflight.rows import check_rows
 from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.preflight.trial import try_estimator
-from pyro_lvm.program import Program, floating_dtype, row_keywords
+from pyro_lvm.program import Program, as_program, floating_dtype, row_keywords
 from pyro_lvm.structure import Structure
 
-__all__ = ["Prepared", "Request", "placed", "prepare", "reset"]
+__all__ = ["Prepared", "Request", "placed", "prepare", "reset", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ class Prepared:
     structure: Structure
     estimator: Estimator
     auxiliary_loss: Callable[..., Tensor] | None
+
+
+def resolve(program: Any, guide: Any) -> tuple[Program, Any]:
+    """The program, and the recipe where ``guide`` says how to build one: then the program is without."""
+    if not is_recipe(guide):
+        return as_program(program, guide), None
+    return replace(as_program(program), guide=None), guide
 
 
 def placed(
