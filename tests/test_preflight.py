@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import oracles
@@ -13,11 +14,12 @@ from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 
+import pyro_lvm as lvm
 from pyro_lvm.data import Batch, as_rows
 from pyro_lvm.elbo.estimator import make_estimator
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.parameters import BoundProgram, isolated
-from pyro_lvm.preflight.observations import check_support
+from pyro_lvm.preflight.observations import check_observations, check_support
 from pyro_lvm.preflight.pair import check_pair
 from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import as_program
@@ -267,3 +269,48 @@ def test_only_the_first_batch_of_a_loader():
     loader = DataLoader(TensorDataset(torch.tensor([0.0, 0.5, 1.0, 0.25])), batch_size=2)
     with pytest.raises(ValueError, match=r"Bernoulli.*1 values.*0.5 in row 1"):
         supported(lambda x: dist.Bernoulli(x.new_tensor(0.5)), loader)
+
+
+def test_a_value_on_another_device():
+    structure, batch = prepared(model, guide)
+    elsewhere = replace(structure.guide["z"], value=torch.zeros(N, 2, device="meta"))
+    moved = replace(structure, guide={"z": elsewhere})
+    with pytest.raises(ProgramError, match=r"'z' \(.*\) has a value on meta, but the data are on cpu.*device=x.device"):
+        check_observations(moved, batch)
+    check_observations(replace(structure, guide={"z": replace(elsewhere, value=torch.tensor(1.0))}), batch)
+
+
+def test_a_trial_hands_on_what_it_does_not_know():
+    def failing(x, size=None):
+        if tried:  # the trace is behind
+            raise ValueError("the author's own words")
+        tried.append(1)
+        loc = pyro.param("loc", torch.zeros(3))
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    tried = []
+    with pytest.raises(ValueError, match="the author's own words") as caught:
+        lvm.check((failing, no_guide), X)
+    assert not isinstance(caught.value, ProgramError)
+
+
+def test_renyi_in_minibatches_is_no_bound():
+    """What is refused: with the plate scaled by s, the value is that of weights to the power s, above the evidence."""
+    x = torch.full((2,), 1.5, dtype=torch.float64)
+
+    def latent(x, size=None):
+        with pyro.plate("data", size, subsample=x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.3), obs=x)
+
+    def prior(x, size=None):
+        with pyro.plate("data", size, subsample=x):
+            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+
+    scale = 20
+    with isolated(0):
+        elbo = RenyiELBO(alpha=0.0, num_particles=200, vectorize_particles=True, max_plate_nesting=1)
+        value = -sum(elbo.loss(latent, prior, x, size=2 * scale) for _ in range(100)) / 100
+    evidence = scale * 2 * float(oracles.normal_logpdf(1.5, 0.0, (1 + 0.3**2) ** 0.5))
+    assert value > evidence + 1.0

@@ -76,6 +76,8 @@ def closed_form_kl(guide_fn: Any, model_fn: Any) -> Tensor | None:
     base = guide_fn
     while isinstance(base, Independent):
         base = base.base_dist
+    if guide_fn.event_shape != model_fn.event_shape:
+        return None  # torch would broadcast them, or fail
     if isinstance(base, Delta):
         return None  # Pyro's entry for Delta forgets the log-density that autoguides put there
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 from broken.mistake import COLUMN, LABELS, Mistake, X, broken, nothing
@@ -287,3 +288,32 @@ def chain_that_forgets():
         data=torch.cat([X, X], 1),
         elbo=TraceEnum_ELBO(),
     )
+
+
+@broken
+def counts_that_nobody_lists():
+    """A Poisson latent without a guide site"""
+
+    def model(x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            c = pyro.sample("c", dist.Poisson(2.0))
+            pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(1.0)) * c, 1.0), obs=x)
+
+    return Mistake(
+        model, nothing, ("site 'c'", r"\(Poisson\).*cannot be listed", "TraceGraph_ELBO"), "warns", data=COLUMN
+    )
+
+
+@broken
+def weights_around_part_of_a_sum():
+    """A weight on the likelihood alone, where a label is summed out: the sum is no longer one"""
+
+    def model(x, size=None):
+        locs = pyro.param("locs", torch.tensor([-1.0, 0.0, 1.0]))
+        with pyro.plate("data", size or len(x), subsample=x):
+            k = pyro.sample("k", dist.Categorical(torch.ones(3)), infer=LISTED)
+            with poutine.scale(scale=0.5):
+                pyro.sample("x", dist.Normal(locs[k], 1.0), obs=x)
+
+    says = ("site 'k'", "different weights", "in the guide as well")
+    return Mistake(model, nothing, says, "raises", data=COLUMN, elbo=TraceEnum_ELBO())

@@ -360,3 +360,100 @@ def misspelt_label():
 
     says = ("site 'label'", "did you mean 'lable'", "Rename pyro.sample")
     return Mistake(labelled, mistyped, says, "warns", data=COLUMN, elbo=pyro.infer.TraceEnum_ELBO())
+
+
+@broken
+def parameter_with_the_name_of_a_site():
+    """A parameter of the guide has the name of the model's site"""
+
+    def shared(x, size=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def confused(x, size=None):
+        pyro.sample("location", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    return Mistake(shared, confused, ("'loc'", "a parameter of the guide and a site", "rename"), "raises", data=COLUMN)
+
+
+@broken
+def guide_that_observes_a_site_of_its_own():
+    """The guide observes a site that the model lacks"""
+
+    def observing(x, size=None):
+        guide(x, size)
+        pyro.sample("summary", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=x.mean())
+
+    return Mistake(model, observing, ("guide site 'summary'", "is observed", "Take obs= away"), "warns")
+
+
+def probability(x, size=None):
+    p = pyro.sample("p", dist.Beta(1.0, 1.0))
+    with pyro.plate("data", size or len(x), subsample=x):
+        pyro.sample("x", dist.Normal(p, 1.0), obs=x)
+
+
+@broken
+def normal_guide_of_a_probability():
+    """A Normal guide for a probability"""
+
+    def real(x, size=None):
+        pyro.sample("p", dist.Normal(pyro.param("m", torch.tensor(0.5)), 0.01))
+
+    return Mistake(probability, real, ("site 'p'", r"Interval\(0.0, 1.0\).*Real", "dist.Beta"), "silent", data=COLUMN)
+
+
+@broken
+def normal_guide_of_weights():
+    """A Normal guide for weights that sum to one"""
+
+    def weighted(x, size=None):
+        w = pyro.sample("w", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(w, 1.0).to_event(1), obs=x)
+
+    def real(x, size=None):
+        pyro.sample("w", dist.Normal(pyro.param("m", torch.full((3,), 0.3)), 0.1).to_event(1))
+
+    return Mistake(weighted, real, ("site 'w'", "Simplex.*Real", "dist.Dirichlet"), "raises")
+
+
+@broken
+def point_that_is_no_probability():
+    """A MAP guide at a probability of one and a half"""
+
+    def point(x, size=None):
+        pyro.sample("p", dist.Delta(pyro.param("m", torch.tensor(1.5))))
+
+    return Mistake(probability, point, ("site 'p'", r"1\.5.*Interval", "with a constraint"), "raises", data=COLUMN)
+
+
+@broken
+def vectors_of_two_lengths():
+    """A vector of three in the model and of two in the guide, without plates"""
+
+    def shared(x, size=None):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(w.mean(), x.new_ones(3)).to_event(1), obs=x)
+
+    def shorter(x, size=None):
+        pyro.sample("w", dist.Normal(pyro.param("m", torch.zeros(2)), 1.0).to_event(1))
+
+    return Mistake(shared, shorter, ("site 'w'", r"\(3,\) in the model and \(2,\)", "as large as"), "raises")
+
+
+@broken
+def number_for_a_vector():
+    """A number in the guide for a vector of the model"""
+
+    def shared(x, size=None):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(w.mean(), x.new_ones(3)).to_event(1), obs=x)
+
+    def number(x, size=None):
+        pyro.sample("w", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
+
+    return Mistake(shared, number, ("site 'w'", r"\(3,\) in the model and \(\)", r"\.to_event\(1\).*guide"), "raises")

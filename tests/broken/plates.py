@@ -361,3 +361,64 @@ def one_number_for_all_columns():
     """A single number under three columns of parameters"""
     model = observing(lambda x, loc: dist.Normal(loc.expand(3), 1.0).to_event(1), lambda x: x[0, 0])
     return Mistake(model, nothing, ("site 'x'", r"\(\).*\(3,\)", "reshape the value"), "silent")
+
+
+@broken
+def parameters_of_all_rows_in_a_batch():
+    """A parameter for each of all rows, where the batch has some of them"""
+
+    def model(x, size=None):
+        locs = pyro.param("locs", lambda: torch.zeros(size))
+        with pyro.plate("data", size, subsample=x):
+            pyro.sample("x", dist.Normal(locs, 1.0), obs=x)
+
+    says = ("site 'x'", "10 rows.*has 20", r"parameter\[index\]")
+    return Mistake(model, nothing, says, "raises", data=COLUMN, batch_size=10)
+
+
+@broken
+def subsample_of_another_size():
+    """A subsample that is longer than its subsample_size"""
+
+    def model(x, size=None):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", size, subsample_size=5, subsample=x):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    says = (r"a plate \(at plates.py:\d+\)", "subsample_size 5.*10", "leave subsample_size out")
+    return Mistake(model, nothing, says, "raises", data=COLUMN, batch_size=10)
+
+
+@broken
+def plate_opened_twice():
+    """A plate is opened inside its own block"""
+
+    def model(x, size=None):
+        rows = pyro.plate("data", size or len(x), subsample=x)
+        with rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with rows:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    says = (r"plate 'data'", r"plates.py:\d+", "open it once")
+    return Mistake(model, nothing, says, "raises", data=COLUMN)
+
+
+@broken
+def inner_plates_of_two_sizes():
+    """An inner plate that is larger in the guide"""
+
+    def views(count):
+        def callable_(x, size=None):
+            with pyro.plate("data", size or len(x), subsample=x), pyro.plate("views", count):
+                return pyro.sample("z", dist.Normal(pyro.param(f"loc{count}", torch.tensor(0.0)), 1.0))
+
+        return callable_
+
+    def model(x, size=None):
+        z = views(1)(x, size)
+        with pyro.plate("rows", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(z.mean(), 1.0), obs=x)
+
+    says = ("site 'z'", "'views' of 1.*in the model and in 'views' of 4", "the sizes of the model's")
+    return Mistake(model, views(4), says, "silent", data=COLUMN)

@@ -206,3 +206,15 @@ def data_with_a_hole():
     holed = COLUMN.clone()
     holed[7] = torch.nan
     return Mistake(model, nothing, ("data holds NaN", "row 7", "drop or impute"), "raises", data=holed)
+
+
+@broken
+def scale_that_is_no_number():
+    """A scale that is NaN"""
+
+    def model(x, size=None):
+        raw = pyro.param("raw", torch.tensor(-0.3))
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(0.0, raw.log()), obs=x)
+
+    return Mistake(model, nothing, (r"Normal \(at values.py:\d+\).*'scale'", "nan", "logarithm"), "raises", data=COLUMN)
