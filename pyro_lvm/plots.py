@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pyro_lvm.figures import new_figure
 from pyro_lvm.graph.picture import graph
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def loss(fit: Any) -> Figure:
     Returns:
         A figure with two panels.
     """
-    figure = _figure(10.0, 4.0)
+    figure = new_figure(10.0, 4.0)
     whole, parts = figure.subplots(1, 2)
     history = fit.history
     epochs = range(1, len(history["elbo"]) + 1)
@@ -127,7 +128,7 @@ def latent(z: Tensor, y: Tensor | None = None, *, axes: tuple[int, int] = (0, 1)
     """
     if z.dim() != 2 or max(axes) >= z.shape[-1]:
         raise ValueError(f"z has shape {tuple(z.shape)}, which has no coordinates {axes}: choose axes below its width")
-    figure = _figure(6.0, 5.0)
+    figure = new_figure(6.0, 5.0)
     panel = figure.subplots()
     first, second = (z[:, i].detach().cpu().numpy() for i in axes)
     if y is None:
@@ -154,7 +155,7 @@ def mixture(gmm: Any, x: Tensor, *, axes: tuple[int, int] = (0, 1)) -> Figure:
 
     if x.dim() != 2 or max(axes) >= x.shape[-1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, which has no features {axes}: choose axes below its width")
-    figure = _figure(6.0, 5.0)
+    figure = new_figure(6.0, 5.0)
     panel = figure.subplots()
     with torch.no_grad():
         component = gmm.responsibilities(x).argmax(-1)
@@ -187,7 +188,7 @@ def image_grid(images: Tensor, columns: int, *, shape: tuple[int, int] | None = 
     padded[: len(images), 1:-1, 1:-1] = images.detach().float().cpu().reshape(-1, height, width)
     sheet = padded.reshape(rows, columns, height + 2, width + 2).permute(0, 2, 1, 3)
     inches = 0.5 / max(height, width)
-    figure = _figure(inches * columns * (width + 2), inches * rows * (height + 2), layout=None)
+    figure = new_figure(inches * columns * (width + 2), inches * rows * (height + 2), layout=None)
     panel = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     picture = sheet.reshape(rows * (height + 2), columns * (width + 2)).numpy()
     limits = (0.0, 1.0) if images.min() > -1.0 and images.max() < 2.0 else (None, None)
@@ -201,12 +202,6 @@ def _square(num_features: int) -> tuple[int, int]:
     if side * side != num_features:
         raise ValueError(f"{num_features} numbers are no square image: say shape=(height, width)")
     return side, side
-
-
-def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout=layout, dpi=120)
 
 
 def _plot_named(

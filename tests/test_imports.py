@@ -44,6 +44,7 @@ ORDER = (
     "to_arviz",
     "criticism",
     "inference",
+    "figures",
     "graph",
     "plots",
     "datasets",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import sys
 
 import matplotlib as mpl
@@ -125,3 +126,8 @@ def test_plots_neither_open_windows_nor_touch_pyplot() -> None:
     assert isinstance(lvm.plots.latent(torch.zeros(3, 2)), Figure)
     assert dict(mpl.rcParams) == before
     assert ("matplotlib.pyplot" in sys.modules) == known
+
+
+def test_a_figure_shows_itself_in_a_notebook_that_has_not_imported_pyplot():
+    figure = pickle.loads(pickle.dumps(lvm.plots.image_grid(torch.rand(4, 9), columns=2)))
+    assert figure._repr_png_().startswith(b"\x89PNG")

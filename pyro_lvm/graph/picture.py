@@ -11,6 +11,7 @@ from torch import nn
 
 from pyro_lvm.data import as_rows
 from pyro_lvm.evaluation import batch_to_trace
+from pyro_lvm.figures import new_figure
 from pyro_lvm.graph.arrows import along, arrows
 from pyro_lvm.graph.layout import DIAMETER, PLATE_SIZE, SITE_SIZE, Box, Edge, layout, plate_text, text_width
 from pyro_lvm.inference.check import check
@@ -113,8 +114,6 @@ def _empty_guide(*args: Any, **kwargs: Any) -> None:
 
 
 def _drawn(report: Report) -> Figure:
-    from matplotlib.figure import Figure
-
     sites = [site for site in report.sites if site.role != "auxiliary"]
     found = layout(sites, report.parents)
     statements = [f"{site.name} ~ {site.distribution}" for site in sites]
@@ -133,7 +132,7 @@ def _drawn(report: Report) -> Figure:
     floor = min(bottom, top - LINE * (len(statements) + 0.6 + 1.2 * len(shown)))
     limits = (left - MARGIN, beside + width + 0.25 + MARGIN), (floor - MARGIN, top + MARGIN)
     size = [high - low for low, high in limits]
-    figure = Figure(figsize=(size[0], size[1]), dpi=120, facecolor="white")
+    figure = new_figure(size[0], size[1], layout=None)
     panel = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     panel.set(xlim=limits[0], ylim=limits[1])
     panel.set_axis_off()
