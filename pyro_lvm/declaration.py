@@ -11,7 +11,17 @@ __all__ = ["declared_at", "raised_at"]
 _MACHINERY = ("pyro", "torch", "contextlib", "functools")
 """Packages whose frames stand between a statement and the line that its author wrote."""
 
-_OWN_MACHINERY = ("declaration", "structure", "parameters", "preflight", "elbo", "evaluation", "inference", "guides")
+_OWN_MACHINERY = (
+    "declaration",
+    "structure",
+    "parameters",
+    "preflight",
+    "elbo",
+    "evaluation",
+    "capture",
+    "inference",
+    "guides",
+)
 """Our own modules that call programs; a built-in model's lines are shown like a user's."""
 
 
@@ -35,7 +45,8 @@ def raised_at(error: BaseException) -> str | None:
     where = None
     step: TracebackType | None = error.__traceback__
     while step is not None:
-        if not _is_machinery(_package(step.tb_frame)):
+        written = not step.tb_frame.f_code.co_filename.startswith("<")
+        if written and not _is_machinery(_package(step.tb_frame)):
             where = _shown(step.tb_frame.f_code, step.tb_lineno)
         step = step.tb_next
     return where

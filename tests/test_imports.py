@@ -43,6 +43,7 @@ ORDER = (
     "posterior",
     "to_arviz",
     "criticism",
+    "capture",
     "inference",
     "figures",
     "graph",

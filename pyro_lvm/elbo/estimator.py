@@ -171,4 +171,5 @@ def _has_closed_form(structure: Structure, name: str) -> bool:
     guide = structure.guide.get(name)
     if guide is None or not guide.fn.has_rsample:
         return False
-    return closed_form_kl(guide.fn, structure.model[name].fn) is not None
+    with torch.no_grad():  # the trace holds views of parameters that may have moved since
+        return closed_form_kl(guide.fn, structure.model[name].fn) is not None

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO
@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_lvm.capture.graph import choose_level
 from pyro_lvm.data import Rows, as_rows
 from pyro_lvm.errors import ProgramWarning
 from pyro_lvm.evaluation import fresh_seed
@@ -56,6 +57,7 @@ def fit(
     fresh: bool = False,
     progress: bool | None = None,
     device: torch.device | str | None = None,
+    capture: bool | Literal["auto", "graph", "compiled"] = "auto",
 ) -> Fit:
     r"""Fit a program to data by stochastic variational inference.
 
@@ -87,6 +89,9 @@ def fit(
         fresh: whether to initialise modules again; otherwise they continue from where they are.
         progress: a progress bar; None shows one on a terminal.
         device: where to compute; None is where the data lie.
+        capture: whether to take the step out of Pyro as a plain graph of tensor operations, which gives the same
+            numbers sooner: "auto" by the number of steps, "graph", "compiled" (by inductor, within rounding), or False
+            for plain Pyro. What cannot be captured goes through Pyro; ``fit.info`` says which and why.
 
     Returns:
         A `Fit`. Modules are trained in place; the record keeps a snapshot of its own.
@@ -134,6 +139,7 @@ def fit(
                 warnings.warn(doubt, ProgramWarning, stacklevel=2)
             order = Order(rows, batch_size, strata_of(resolved, rows, batch_size), ordering)
             total_steps = steps if steps is not None else (epochs or 0) * order.steps_per_epoch
+            level = choose_level(capture, total_steps)
             parameters = list(prepared.bound.trainable().values())
             torch_optimizer, schedule, described = make_optimizer(
                 parameters,
@@ -147,7 +153,7 @@ def fit(
         untouched.restore()
         raise
     del untouched
-    loop = Loop(prepared, order, torch_optimizer, schedule, parameters, grad_clip_norm, total_steps)
+    loop = Loop(prepared, order, torch_optimizer, schedule, parameters, grad_clip_norm, total_steps, level)
     watch = Watch(watching, stopping, held_out, evaluation, progress)
     with isolated(noise, validate=False):
         stopped = loop.run(watch)
@@ -157,6 +163,8 @@ def fit(
         "guide": _named(recipe) or ("mean_field" if resolved.guide is None else "given"),
         "estimator": repr(prepared.estimator),
         "estimator_reason": prepared.estimator.reason,
+        "capture": loop.step.level,
+        "capture_reason": loop.step.reason,
         "optimizer": described,
         "seed": seed,
         "n": len(rows),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lvm.elbo.terms import Terms
+from pyro_lvm.capture.step import Column, StepResult
 from pyro_lvm.errors import NonFiniteError
 
 __all__ = ["HistoryRecorder"]
@@ -27,31 +27,27 @@ class HistoryRecorder:
     def __init__(self, size: int) -> None:
         self.size = size
         self.columns: dict[str, Any] = {"loss": [], "elbo": [], "reconstruction": {}, "kl": {}}
-        self._sums: dict[tuple[str, str], Tensor] = {}
+        self._running: dict[tuple[Column, ...], Tensor] = {}
         self._shares = 0.0
-        self._pending: list[dict[tuple[str, str], Tensor]] = []
+        self._pending: list[dict[tuple[Column, ...], Tensor]] = []
 
-    def add_step(self, loss: Tensor, terms: Terms, share: float, auxiliary: Tensor | None) -> None:
+    def add_step(self, result: StepResult, share: float) -> None:
         """Add one step; ``share`` is its part of the epoch's mean, relative to the other steps'."""
         self._shares += share
-        values: dict[tuple[str, str], Tensor] = {("loss", ""): loss * share}
-        for group, named in (("reconstruction", terms.reconstruction), ("kl", terms.kl)):
-            for site, value in named.items():
-                values[group, site] = value * (share / self.size)
-        if auxiliary is not None:
-            values["auxiliary_loss", ""] = auxiliary * share
-        for key, value in values.items():
-            self._sums[key] = self._sums[key] + value if key in self._sums else value
+        # graphs may have the parts in another order: each order has its own sum
+        before = self._running.get(result.columns)
+        part = result.values * share
+        self._running[result.columns] = part if before is None else before + part
 
     def end_epoch(self) -> None:
         """Close the running epoch."""
         # the last epoch of `steps` may be cut short, and a loader may drop rows: the mean is of what was seen
-        self._pending.append({key: value / self._shares for key, value in self._sums.items()})
+        self._pending.append({columns: values / self._shares for columns, values in self._running.items()})
         self.abandon_epoch()
 
     def abandon_epoch(self) -> None:
         """Forget the running epoch: it was interrupted."""
-        self._sums, self._shares = {}, 0.0
+        self._running, self._shares = {}, 0.0
 
     @property
     def epochs(self) -> int:
@@ -66,13 +62,14 @@ class HistoryRecorder:
         """
         if not self._pending:
             return
-        keys = list(self._pending[0])
-        table = torch.stack(
-            [torch.stack([sums[key].double().reshape(()) for key in keys]) for sums in self._pending]
-        ).tolist()
-        self._pending = []
-        for row in table:
-            values = dict(zip(keys, row, strict=True))
+        numbers = iter(torch.cat([values for sums in self._pending for values in sums.values()]).tolist())
+        epochs, self._pending = self._pending, []
+        for sums in epochs:
+            values: dict[Column, float] = {}
+            for columns in sums:
+                for column in columns:
+                    unit = self.size if column[0] in ("reconstruction", "kl") else 1
+                    values[column] = values.get(column, 0.0) + next(numbers) / unit
             self._refuse_non_finite(values)
             parts: Mapping[str, float] = {"reconstruction": 1.0, "kl": -1.0}
             elbo = sum(parts.get(group, 0.0) * value for (group, _), value in values.items())

@@ -13,6 +13,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_lvm.capture.graph import CapturedStep, Level
+from pyro_lvm.capture.step import Step
 from pyro_lvm.data import Rows
 from pyro_lvm.errors import NonFiniteError, ProgramError
 from pyro_lvm.inference.bound import validation_elbo
@@ -54,8 +56,11 @@ class Loop:
         parameters: list[nn.Parameter],
         grad_clip_norm: float | None,
         total_steps: int,
+        level: tuple[Level, str],
     ) -> None:
         self.prepared, self.order = prepared, order
+        step = Step(prepared.bound, prepared.estimator, prepared.auxiliary_loss, parameters, len(order.rows))
+        self.step = CapturedStep(step, *level)
         self.optimizer, self.schedule, self.parameters = optimizer, schedule, parameters
         self.grad_clip_norm, self.total_steps = grad_clip_norm, total_steps
         self.steps_done = 0
@@ -101,19 +106,15 @@ class Loop:
         return "finished"
 
     def _epoch(self, number: int) -> None:
-        estimator, bound = self.prepared.estimator, self.prepared.bound
-        auxiliary_loss, size = self.prepared.auxiliary_loss, len(self.order.rows)
         for batch, share in self.order.epoch(number):
-            self.optimizer.zero_grad(set_to_none=True)
-            auxiliary = None if auxiliary_loss is None else auxiliary_loss(*batch.args, **batch.named())
-            loss, terms = estimator.step(bound, batch, self.parameters, auxiliary, size)
+            result = self.step(batch)
             if self.grad_clip_norm is not None:
                 clip_grad_norm_(self.parameters, self.grad_clip_norm)
             self.optimizer.step()
             if self.schedule is not None and not isinstance(self.schedule, ReduceLROnPlateau):
                 self.schedule.step()
             self.steps_done += 1
-            self.history.add_step(loss, terms, share, None if auxiliary is None else auxiliary.detach())
+            self.history.add_step(result, share)
             if self.steps_done == self.total_steps:
                 break
         self.history.end_epoch()
@@ -151,6 +152,8 @@ class Loop:
         for callback in watch.callbacks:
             with isolated(None):
                 stop = callback(EpochEnd(epoch + 1, columns, self.prepared.bound.program.source)) is True or stop
+        if watch.callbacks:
+            self.step.program_may_have_changed()
         return stop
 
     def _validate(self, held_out: Rows, seed: int) -> None:

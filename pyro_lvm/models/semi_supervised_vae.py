@@ -213,7 +213,7 @@ class SemiSupervisedVAE(nn.Module):
         if pyro.settings.get("validate_infer"):
             self._check_labels(y)
         known = (y >= 0).unsqueeze(-1)
-        chosen = nn.functional.one_hot(y.long().clamp(min=0), self.num_classes).bool()
+        chosen = y.unsqueeze(-1) == torch.arange(self.num_classes, device=y.device)
         certain = torch.where(chosen, 0.0, -torch.inf).to(logits.dtype)
         return torch.where(known, certain, logits)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_lvm.capture.graph import choose_level
 from pyro_lvm.errors import NonFiniteError
 from pyro_lvm.inference.epochs import Order, strata_of
 from pyro_lvm.inference.loop import Loop, Watch
@@ -119,7 +120,7 @@ def _short_fit(prepared: Prepared, rows: Any, seed: int, batch_size: int | None)
     optimizer, schedule, _ = make_optimizer(
         parameters, optimizer=None, scheduler=None, lr=1e-3, total_steps=STEPS, has_network=bound.has_network()
     )
-    loop = Loop(prepared, order, optimizer, schedule, parameters, None, STEPS)
+    loop = Loop(prepared, order, optimizer, schedule, parameters, None, STEPS, choose_level(False, STEPS))
     try:
         with isolated(seed, validate=False):
             loop.run(Watch((), None, None, seed, False))

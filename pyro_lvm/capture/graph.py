@@ -1,0 +1,285 @@
+"""Capture: one step, taken once through Pyro, becomes a graph of plain tensor operations that every later step runs.
+
+What is captured is checked before it is used. On the first batch of every shape Pyro takes the step twice and the graph
+takes it once, under one seed; and once more each on the same rows in another order. Where losses, parts of the bound or
+gradients differ, where the program draws from a generator that torch does not seed, keeps a count of its calls, or asks
+for the value of a tensor, every step goes through Pyro as before, and `CapturedStep.reason` says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pyro.infer import RenyiELBO
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_lvm.capture.guards import left_as_found, python_state
+from pyro_lvm.capture.readouts import put_aside
+from pyro_lvm.capture.step import Column, Step, StepResult
+from pyro_lvm.data import Batch
+from pyro_lvm.declaration import raised_at
+from pyro_lvm.parameters import isolated
+
+__all__ = ["CapturedStep", "Level", "choose_level"]
+
+Level = Literal["eager", "graph", "compiled"]
+
+STEPS_THAT_REPAY_A_GRAPH = 200
+"""A capture costs about as much as so many steps save."""
+
+STEPS_THAT_REPAY_A_COMPILER = 20_000
+"""A compilation takes ten to forty seconds, and saves about a millisecond a step."""
+
+SAME_IN_ANOTHER_ORDER_OF_SUMS = {torch.float32: 1e-6, torch.float64: 1e-12}
+"""Relative; for enumerated sites, whose terms of probability nought the graph adds as noughts and Pyro leaves out."""
+
+SAME_AFTER_FUSION = {torch.float32: 1e-4, torch.float64: 1e-10}
+"""Relative to the largest gradient, beside `ROUNDINGS`: a fused loop of C++ sums in an order of its own."""
+
+ROUNDINGS = 8
+"""Units in the last place of the loss per datum that a gradient may be off by: near an optimum it is a difference."""
+
+_log = logging.getLogger("pyro_lvm")
+
+
+def choose_level(capture: bool | str, total_steps: int) -> tuple[Level, str]:
+    """The level that a fit asks for, and why; it depends on the number of steps, never on a clock.
+
+    Raises:
+        ValueError: if ``capture`` is none of "auto", "graph", "compiled" and False.
+    """
+    if capture is False:
+        return "eager", "capture=False"
+    if capture == "graph":
+        return "graph", 'capture="graph"'
+    if capture == "compiled":
+        if _compiler() is None:
+            return "graph", 'capture="compiled", but there is no C++ compiler (g++ or clang++)'
+        return "compiled", 'capture="compiled"'
+    if capture != "auto":
+        raise ValueError(f"capture={capture!r} is not known: use 'auto', 'graph', 'compiled' or False")
+    if total_steps < STEPS_THAT_REPAY_A_GRAPH:
+        return "eager", f"{total_steps} steps do not repay a capture ({STEPS_THAT_REPAY_A_GRAPH} do)"
+    if total_steps < STEPS_THAT_REPAY_A_COMPILER:
+        return "graph", f"{total_steps} steps do not repay a compilation ({STEPS_THAT_REPAY_A_COMPILER} do)"
+    if _compiler() is None:
+        return "graph", f"{total_steps} steps would repay a compilation, but there is no C++ compiler"
+    return "compiled", f"{total_steps} steps repay a compilation"
+
+
+def _compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+class Uncapturable(Exception):
+    """Why a step cannot be captured."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured step: tensors in; numbers, then gradients out."""
+
+    function: Callable[..., Any]
+    columns: tuple[Column, ...]
+    has_gradient: tuple[bool, ...]
+
+
+class CapturedStep:
+    """A `Step` that runs as a graph wherever that gives what Pyro gives.
+
+    Attributes:
+        level: the level at work; "eager" once capture has been refused.
+        reason: why this level.
+    """
+
+    def __init__(self, step: Step, level: Level, reason: str) -> None:
+        self.step, self.level, self.reason = step, level, reason
+        self._graphs: dict[Any, _Graph] = {}
+        self._state: dict[str, Any] | None = None
+        if level != "eager" and isinstance(step.estimator.elbo, RenyiELBO):
+            self._refuse("RenyiELBO reads its bound back to Python in every step")
+
+    def __call__(self, batch: Batch) -> StepResult:
+        """Take the step on ``batch``; gradients of the loss per datum are left in the parameters."""
+        if self.level == "eager":
+            return self.step(batch)
+        try:
+            tensors = _tensors(batch)
+            key = tuple((name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors.items())
+            graph = self._graphs.get(key)
+            if graph is None:
+                with left_as_found(self.step.bound.program, self.step.auxiliary_loss):
+                    graph = self._graphs[key] = self._captured(batch)
+        except Uncapturable as why:
+            self._refuse(str(why))
+            return self.step(batch)
+        return self._run(graph, tensors)
+
+    def program_may_have_changed(self) -> None:
+        """Look whether what the graphs have baked in is still so; where it is not, capture again."""
+        if self._state is not None and self._python_state() != self._state:
+            self._graphs.clear()
+            self._state = None
+
+    def _refuse(self, why: str) -> None:
+        self.level, self.reason = "eager", f"not captured: {why}"
+        self._graphs.clear()
+        _log.info("%s: %s", self.step.bound.program.name, self.reason)
+
+    def _run(self, graph: _Graph, tensors: dict[str, Tensor]) -> StepResult:
+        with torch.no_grad():
+            values, *gradients = graph.function(*tensors.values())
+        remaining = iter(gradients)
+        for parameter, has in zip(self.step.parameters, graph.has_gradient, strict=True):
+            parameter.grad = next(remaining) if has else None
+        return StepResult(graph.columns, values)
+
+    def _python_state(self) -> dict[str, Any]:
+        return python_state(self.step.bound.program, self.step.auxiliary_loss)
+
+    def _captured(self, batch: Batch) -> _Graph:
+        """Capture the step on the shapes of ``batch``, and compare. Nothing that is random or remembered moves."""
+        bound = self.step.bound
+        snapshot = bound.snapshot()
+        before = self._python_state()
+
+        def fresh(function: Callable[[], Any]) -> Any:
+            try:
+                with isolated(0, validate=False):
+                    return function()
+            finally:
+                bound.load(snapshot)
+
+        try:
+            once, again = (fresh(lambda: self._taken(self.step, batch)) for _ in range(2))
+            if not _equal(once, again, None):
+                raise Uncapturable("two steps under one seed differ: the program has a source of change of its own")
+            changed = [path for path, value in self._python_state().items() if before.get(path, value) != value]
+            if changed:
+                raise Uncapturable(f"the program changes {changed[0]} in every call")
+            graph = fresh(lambda: self._traced(batch))
+            turned = _turned(batch)
+            whole = fresh(lambda: self._taken(self.step, turned))
+            graph = self._compared(graph, fresh, [(batch, once), (turned, whole)])
+        finally:
+            for parameter in self.step.parameters:
+                parameter.grad = None
+        self._state = before
+        return graph
+
+    def _taken(self, step: Callable[[Batch], StepResult], batch: Batch) -> list[Tensor | None]:
+        result = step(batch)
+        return [result.values, *(None if p.grad is None else p.grad.clone() for p in self.step.parameters)]
+
+    def _traced(self, batch: Batch) -> _Graph:
+        names = list(_tensors(batch))
+        told: dict[str, Any] = {}
+
+        def function(*tensors: Tensor) -> list[Tensor]:
+            result = self.step(_with(batch, dict(zip(names, tensors, strict=True))))
+            gradients = [parameter.grad for parameter in self.step.parameters]
+            told["columns"], told["has"] = result.columns, tuple(g is not None for g in gradients)
+            return [result.values, *(g for g in gradients if g is not None)]
+
+        try:
+            with put_aside():
+                graph = make_fx(function)(*_tensors(batch).values())
+        except Exception as error:  # whatever stands in the way of a graph, Pyro's own step is at hand
+            raise Uncapturable(_said(error)) from error
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        return _Graph(graph.forward, told["columns"], told["has"])
+
+    def _compared(self, graph: _Graph, fresh: Any, expected: list[tuple[Batch, list[Tensor | None]]]) -> _Graph:
+        """The graph at its level, once it gives what Pyro gave."""
+        summed_out = bool(getattr(self.step.estimator.elbo, "_compute_log_r", None)) or self._enumerates()
+        exact = None if not summed_out else SAME_IN_ANOTHER_ORDER_OF_SUMS
+        for batch, right in expected:
+            if not _equal(
+                fresh(lambda b=batch: self._taken(lambda c: self._run(graph, _tensors(c)), b)),
+                right,
+                exact,
+                self.step.size,
+            ):
+                raise Uncapturable("the graph gives another loss or other gradients than Pyro")
+        if self.level != "compiled":
+            return graph
+        options: Any = {"fallback_random": True}
+        compiled = replace(graph, function=torch.compile(_owner(graph.function), dynamic=False, options=options))
+        try:
+            for batch, right in expected:
+                found = fresh(lambda b=batch: self._taken(lambda c: self._run(compiled, _tensors(c)), b))
+                if not _equal(found, right, SAME_AFTER_FUSION, self.step.size):
+                    raise Uncapturable("the compiled graph gives another loss or other gradients than Pyro")
+        except Exception as error:
+            self.level, self.reason = "graph", f"not compiled: {_first_line(error)}"
+            _log.info("%s: %s", self.step.bound.program.name, self.reason)
+            return graph
+        return compiled
+
+    def _enumerates(self) -> bool:
+        return type(self.step.estimator.elbo).__name__ == "TraceEnum_ELBO"
+
+
+def _owner(forward: Any) -> Any:
+    return forward.__self__
+
+
+def _said(error: Exception) -> str:
+    """What stands in the way of a graph, and the line of the program where it stands."""
+    where = raised_at(error)
+    text = _first_line(error)
+    if "value out of a tracing tensor" in text:
+        text = "a tensor's value decides what happens next, or leaves the graph (.item(), if, bool)"
+    return text + (f", at {where}" if where else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    named: dict[str, Any] = {**batch.tensors(), "index": batch.index, "weight": batch.weight}
+    if not all(isinstance(value, Tensor) for value in (*batch.args, *batch.kwargs.values())):
+        raise Uncapturable("the data hold something that is not a tensor")
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _with(batch: Batch, tensors: dict[str, Tensor]) -> Batch:
+    names = list(batch.tensors())
+    count = len(batch.args)
+    return replace(
+        batch,
+        args=tuple(tensors[name] for name in names[:count]),
+        kwargs={name: tensors[name] for name in names[count:]},
+        index=tensors.get("index"),
+        weight=tensors.get("weight"),
+    )
+
+
+def _turned(batch: Batch) -> Batch:
+    """The same rows in the opposite order: another batch of the same shapes."""
+    return _with(batch, {name: value.flip(0) for name, value in _tensors(batch).items()})
+
+
+def _equal(
+    found: list[Tensor | None], right: list[Tensor | None], tolerance: dict[torch.dtype, float] | None, size: int = 1
+) -> bool:
+    """Whether numbers and gradients agree: to the bit, or within a part of the largest number and gradient."""
+    if [a is None for a in found] != [b is None for b in right]:
+        return False
+    pairs = [(a, b) for a, b in zip(found, right, strict=True) if a is not None and b is not None]
+    if tolerance is None:
+        return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+    share = tolerance.get(pairs[-1][1].dtype, 0.0)
+    # a gradient that is nought but for rounding has only that of the others to be measured by
+    largest = max((float(b.abs().max()) for _, b in pairs[1:] if b.numel()), default=0.0)
+    rounding = ROUNDINGS * torch.finfo(pairs[-1][1].dtype).eps * float(pairs[0][1][0].abs()) / size
+    allowed = [share * float(pairs[0][1].abs().max()), *(share * largest + rounding for _ in pairs[1:])]
+    return all(bool(((a - b).abs() <= most).all()) for (a, b), most in zip(pairs, allowed, strict=True))

@@ -1,0 +1,358 @@
+"""What a graph cannot hold goes through Pyro, says why, and has moved nothing; and the level of a fit."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import random
+import re
+import shutil
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, trace_elbo, trace_mean_field_elbo, traceenum_elbo, tracegraph_elbo
+from pyro.infer.util import Dice
+from small_programs import Amortised, data, guide_of_mean, mixture, model_of_mean, nothing, rows, same_state, state_of
+from torch import nn
+from torch.utils.data import DataLoader
+
+import pyro_lvm as lvm
+from pyro_lvm.capture import graph as graphs
+from pyro_lvm.capture import readouts
+from pyro_lvm.capture.graph import (
+    SAME_AFTER_FUSION,
+    STEPS_THAT_REPAY_A_COMPILER,
+    STEPS_THAT_REPAY_A_GRAPH,
+    choose_level,
+)
+from pyro_lvm.inference import bound
+
+NO_COMPILER = shutil.which("g++") is None
+
+
+@pytest.fixture(autouse=True)
+def few_passes(monkeypatch):
+    """How well the bound is known in the end is another test's affair."""
+    monkeypatch.setattr(bound, "MAX_PASSES", 2)
+
+
+def fitted(capture, make, x, **options):
+    """A fit of the program that ``make`` makes, everything under one seed, and the program."""
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    program = make()
+    options = {"steps": 8, "batch_size": 10, "seed": 3, "progress": False} | options
+    return lvm.fit(program, x, capture=capture, **options), program
+
+
+def refused(make, x, words, **options):
+    """The captured fit, which fell back for the reason ``words`` and gives what the eager fit gives."""
+    eager, program = fitted(False, make, x, **options)
+    captured, other = fitted("graph", make, x, **options)
+    assert captured.info["capture"] == "eager"
+    assert captured.info["capture_reason"].startswith("not captured: ")
+    assert words in captured.info["capture_reason"]
+    assert eager.history == captured.history
+    assert eager.elbo == captured.elbo
+    assert all(torch.equal(value, captured.params[name]) for name, value in eager.params.items())
+    if isinstance(program, nn.Module):
+        assert same_state(other, state_of(program))
+    return captured
+
+
+class Reading(Amortised):
+    """Amortised, with something in its guide that a graph cannot hold."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+        self.calls = 0
+
+    def guide(self, x, size=None):
+        super().guide(x * self.read(self, x), size)
+
+
+def by_item(module, x):
+    return x.sum().item() * 0.0 + 1.0
+
+
+def by_branch(module, x):
+    if x.sum() > 0:
+        return 1.0
+    return 2.0
+
+
+def by_python(module, x):
+    return 1.0 + random.random()
+
+
+def by_numpy(module, x):
+    return 1.0 + np.random.rand()  # noqa: NPY002
+
+
+def by_count(module, x):
+    module.calls += 1
+    return 1.0
+
+
+def by_count_that_matters(module, x):
+    module.calls += 1
+    return 1.0 + 0.01 * module.calls
+
+
+def line_of(function, offset=1):
+    return f"{function.__code__.co_filename.split('/')[-1]}:{inspect.getsourcelines(function)[1] + offset}"
+
+
+def angle(x, size=None):
+    with pyro.plate("data", size or len(x), subsample=x):
+        z = pyro.sample("z", dist.VonMises(torch.zeros(()), torch.tensor(2.0)))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide_of_angle(x, size=None):
+    shift = pyro.param("shift", torch.tensor(0.1))
+    with pyro.plate("data", size or len(x), subsample=x):
+        pyro.sample("z", dist.VonMises(torch.sin(x + shift), torch.tensor(2.0)))
+
+
+DECIDES = "a tensor's value decides what happens next"
+
+REFUSED = {
+    "item": (lambda: Reading(by_item), rows(), DECIDES, {}),
+    "branch": (lambda: Reading(by_branch), rows(), DECIDES, {}),
+    "line of item": (lambda: Reading(by_item), rows(), line_of(by_item), {}),
+    "line of branch": (lambda: Reading(by_branch), rows(), line_of(by_branch), {}),
+    "python's random": (lambda: Reading(by_python), rows(), "source of change of its own", {}),
+    "numpy's random": (lambda: Reading(by_numpy), rows(), "source of change of its own", {}),
+    "count": (lambda: Reading(by_count), rows(), "calls in every call", {}),
+    "count that matters": (lambda: Reading(by_count_that_matters), rows(), "source of change of its own", {}),
+    "rejection": (lambda: (angle, guide_of_angle), data(), DECIDES, {}),
+    "renyi": (Amortised, rows(), "RenyiELBO", {"elbo": RenyiELBO(num_particles=3), "batch_size": None}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_graph_holds_is_refused_and_trained_all_the_same(case):
+    make, x, words, options = REFUSED[case]
+    refused(make, x, words, **options)
+
+
+def test_a_refusal_is_told_once(caplog):
+    with caplog.at_level(logging.INFO, "pyro_lvm"):
+        fit = refused(lambda: Reading(by_item), rows(), DECIDES)
+    said = [record.getMessage() for record in caplog.records if record.name == "pyro_lvm"]
+    assert said == [f"Reading: {fit.info['capture_reason']}"]
+
+
+def test_no_refusal_no_word(caplog):
+    with caplog.at_level(logging.INFO, "pyro_lvm"):
+        fit, _ = fitted("graph", Amortised, rows())
+    assert (fit.info["capture"], fit.info["capture_reason"]) == ("graph", 'capture="graph"')
+    assert not [record for record in caplog.records if record.name == "pyro_lvm"]
+
+
+def test_a_pyro_that_is_not_known_is_not_patched(monkeypatch):
+    monkeypatch.setattr(pyro, "__version__", "1.99.0")
+    refused(Amortised, rows(), "Pyro 1.99.0 is not one of 1.9.1, 1.9.2")
+    with pytest.raises(NotImplementedError, match=r"Pyro 1\.99\.0 is not one of"), readouts.put_aside():
+        pass
+
+
+def test_data_that_are_no_tensors_are_refused():
+    class Named(Amortised):
+        def model(self, x, name, size=None):
+            super().model(x, size)
+
+        def guide(self, x, name, size=None):
+            super().guide(x, size)
+
+    loader = DataLoader([{"x": row, "name": "a"} for row in rows()], batch_size=10)
+    refused(Named, loader, "hold something that is not a tensor", batch_size=None)
+
+
+def readout_symbols():
+    modules = (trace_elbo, trace_mean_field_elbo, traceenum_elbo, tracegraph_elbo)
+    names = [(module, name) for module in modules for name in ("torch_item", "warn_if_nan")]
+    return [getattr(owner, name, None) for owner, name in (*names, (Dice, "compute_expectation"))]
+
+
+def test_what_is_put_aside_comes_back_whatever_happens():
+    before = readout_symbols()
+    with readouts.put_aside():
+        assert readout_symbols() != before
+    assert readout_symbols() == before
+    with pytest.raises(KeyError), readouts.put_aside():
+        raise KeyError
+    assert readout_symbols() == before
+    refused(lambda: Reading(by_item), rows(), DECIDES)
+    assert readout_symbols() == before
+
+
+def test_a_number_of_a_graph_meets_numbers_and_tensors_as_pythons_do():
+    half, tensor = readouts._detached(torch.tensor(0.1)), torch.tensor([1.0, 3.0])
+    number = torch.tensor(0.1).item()
+    for found, right in (
+        (0 + half, number),
+        (1.0 - half * 3, 1.0 - number * 3),
+        (-half / 7 + half, -number / 7 + number),
+        (2 * half - half - 1, 2 * number - number - 1),
+    ):
+        assert found.value.dtype is torch.float64
+        assert found.value.item() == right
+    for found, right in (
+        (half + tensor, number + tensor),
+        (tensor + half, tensor + number),
+        (tensor - half, tensor - number),
+        (half - tensor, number - tensor),
+        (tensor[0] * half, tensor[0] * number),
+        (half / tensor, number / tensor),
+        (tensor / half, tensor / number),
+        (torch.arange(3) + half, torch.arange(3) + number),
+        (tensor.double() + half, tensor.double() + number),
+    ):
+        assert found.dtype is right.dtype
+        assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, -1], ids=["loss", "first gradient", "last gradient"])
+@pytest.mark.parametrize("program", [Amortised, lambda: (mixture, nothing)], ids=["exact", "enumerated"])
+def test_a_graph_that_gives_something_else_is_refused(monkeypatch, program, wrong):
+    true = graphs.make_fx
+
+    def planted(*args, **kwargs):
+        traced = true(*args, **kwargs)
+
+        def spoiled(function):
+            def traced_and_spoiled(*tensors):
+                made = function(*tensors)
+                forward = made.forward
+
+                def bent(*inputs):
+                    out = list(forward(*inputs))
+                    out[wrong] = out[wrong] * (1 + 1e-9)
+                    return out
+
+                made.forward = bent
+                return made
+
+            return traced_and_spoiled
+
+        return spoiled(traced)
+
+    monkeypatch.setattr(graphs, "make_fx", planted)
+    x = data() if program is not Amortised else rows()
+    refused(program, x, "another loss or other gradients than Pyro")
+
+
+def test_a_gradient_that_the_graph_leaves_out_is_refused(monkeypatch):
+    true = graphs.CapturedStep._run
+
+    def forgetful(self, graph, tensors):
+        result = true(self, graph, tensors)
+        self.step.parameters[0].grad = None
+        return result
+
+    monkeypatch.setattr(graphs.CapturedStep, "_run", forgetful)
+    refused(Amortised, rows(), "another loss or other gradients than Pyro")
+
+
+def test_a_constant_of_the_first_batch_is_noticed():
+    """What the graph baked in from one batch shows on the same rows in another order."""
+
+    class Remembering(Amortised):
+        def guide(self, x, size=None):
+            first = torch.as_tensor(x.detach().numpy()[0, 0]) if type(x) is torch.Tensor else None
+            shift = torch.zeros(()) if first is None else first
+            super().guide(x + shift.to(x.dtype), size)
+
+    refused(Remembering, rows(), "another loss or other gradients than Pyro")
+
+
+LEVELS = [
+    (False, 10**9, "g++", "eager", "capture=False"),
+    ("graph", 1, None, "graph", 'capture="graph"'),
+    ("compiled", 1, "g++", "compiled", 'capture="compiled"'),
+    ("compiled", 1, "clang++", "compiled", 'capture="compiled"'),
+    ("compiled", 1, None, "graph", r"there is no C\+\+ compiler"),
+    ("auto", STEPS_THAT_REPAY_A_GRAPH - 1, "g++", "eager", "199 steps do not repay a capture"),
+    ("auto", STEPS_THAT_REPAY_A_GRAPH, "g++", "graph", "200 steps do not repay a compilation"),
+    ("auto", STEPS_THAT_REPAY_A_COMPILER - 1, "g++", "graph", "19999 steps do not repay a compilation"),
+    ("auto", STEPS_THAT_REPAY_A_COMPILER, "g++", "compiled", "20000 steps repay a compilation"),
+    ("auto", STEPS_THAT_REPAY_A_COMPILER, None, "graph", r"would repay a compilation, but there is no C\+\+ compiler"),
+]
+
+
+@pytest.mark.parametrize(("capture", "steps", "compiler", "level", "words"), LEVELS)
+def test_the_level_depends_on_what_is_asked_the_steps_and_the_compiler(
+    monkeypatch, capture, steps, compiler, level, words
+):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == compiler else None)
+    chosen, reason = choose_level(capture, steps)
+    assert chosen == level
+    assert re.search(words, reason)
+
+
+@pytest.mark.parametrize("nonsense", [True, None, 1, "eager", "jit"])
+def test_a_level_that_is_not_known_is_refused(nonsense):
+    with pytest.raises(ValueError, match=r"is not known: use 'auto', 'graph', 'compiled' or False"):
+        choose_level(nonsense, 10)
+    with pytest.raises(ValueError, match="is not known"):
+        lvm.fit(Amortised(), rows(), steps=1, capture=nonsense)
+
+
+def test_auto_leaves_a_short_fit_and_captures_a_long_one():
+    short, _ = fitted("auto", lambda: (mixture, nothing), data(), steps=199, batch_size=None)
+    long, _ = fitted("auto", lambda: (mixture, nothing), data(), steps=200, batch_size=None)
+    assert (short.info["capture"], long.info["capture"]) == ("eager", "graph")
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="g++ is not installed")
+def test_a_compiled_step_gives_the_same_within_rounding():
+    make = lambda: (model_of_mean, guide_of_mean)  # noqa: E731
+    eager, _ = fitted(False, make, data(), lr=0.05)
+    compiled, _ = fitted("compiled", make, data(), lr=0.05)
+    assert (compiled.info["capture"], compiled.info["capture_reason"]) == ("compiled", 'capture="compiled"')
+    share = SAME_AFTER_FUSION[torch.float64]
+    for name, value in eager.params.items():
+        torch.testing.assert_close(compiled.params[name], value, rtol=10 * share, atol=10 * share)
+    assert compiled.history["loss"] == pytest.approx(eager.history["loss"], rel=share)
+    assert compiled.elbo == pytest.approx(eager.elbo, rel=share)
+
+
+def test_without_a_compiler_the_graph_is_stepped_on(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    eager, _ = fitted(False, Amortised, rows())
+    captured, _ = fitted("compiled", Amortised, rows())
+    assert captured.info["capture"] == "graph"
+    assert captured.info["capture_reason"].endswith("there is no C++ compiler (g++ or clang++)")
+    assert captured.history == eager.history
+
+
+def test_a_compiler_that_fails_leaves_the_graph(monkeypatch, caplog):
+    def fails(*args, **kwargs):
+        def compiled(*inputs):
+            raise RuntimeError("the compiler crashed\nin many lines")
+
+        return compiled
+
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch, "compile", fails)
+    eager, _ = fitted(False, Amortised, rows())
+    with caplog.at_level(logging.INFO, "pyro_lvm"):
+        captured, _ = fitted("compiled", Amortised, rows())
+    assert captured.info["capture"] == "graph"
+    assert captured.info["capture_reason"] == "not compiled: the compiler crashed"
+    assert [record.getMessage() for record in caplog.records] == ["Amortised: not compiled: the compiler crashed"]
+    assert captured.history == eager.history
+
+
+def test_a_level_that_is_not_known_leaves_the_module_alone():
+    module = Amortised()
+    with pytest.raises(ValueError, match="capture='nonsense' is not known"):
+        lvm.fit(module, rows(dtype=torch.float64), steps=1, capture="nonsense")
+    assert next(module.parameters()).dtype is torch.float32
