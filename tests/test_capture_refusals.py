@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import pyro_lvm as lvm
 from pyro_lvm.capture import graph as graphs
-from pyro_lvm.capture import readouts
+from pyro_lvm.capture import hardware, readouts
 from pyro_lvm.capture.graph import (
     SAME_AFTER_FUSION,
     STEPS_THAT_REPAY_A_COMPILER,
@@ -356,3 +356,32 @@ def test_a_level_that_is_not_known_leaves_the_module_alone():
     with pytest.raises(ValueError, match="capture='nonsense' is not known"):
         lvm.fit(module, rows(dtype=torch.float64), steps=1, capture="nonsense")
     assert next(module.parameters()).dtype is torch.float32
+
+
+def test_options_of_the_hardware_say_no_without_it(monkeypatch):
+    with pytest.raises(ValueError, match=r'capture="cuda_graph".*the data are on cpu.*use capture="compiled"'):
+        lvm.fit(Amortised(), rows(), steps=1, capture="cuda_graph")
+    with pytest.raises(ValueError, match=r"autocast=torch.float16 is not offered: use torch.bfloat16"):
+        lvm.fit(Amortised(), rows(), steps=1, autocast=torch.float16)
+    monkeypatch.setattr(hardware, "_cpu_multiplies_bfloat16", lambda: False)
+    with pytest.raises(ValueError, match=r"needs a processor that multiplies bfloat16.*this cpu does not"):
+        lvm.fit(Amortised(), rows(), steps=1, autocast=torch.bfloat16)
+    assert graphs.choose_level("cuda_graph", 1) == ("cuda_graph", 'capture="cuda_graph"')
+
+
+def test_bfloat16_where_the_processor_has_it(monkeypatch):
+    """Whether it is fast is the processor's affair; that graph and Pyro agree, and the bound is near, is ours."""
+    monkeypatch.setattr(hardware, "_cpu_multiplies_bfloat16", lambda: True)
+    x = rows(dtype=torch.float32)
+
+    def fitted_in(autocast, capture):
+        torch.manual_seed(0)
+        return lvm.fit(Amortised(), x, steps=20, lr=1e-2, seed=0, autocast=autocast, capture=capture)
+
+    eager, graph = fitted_in(torch.bfloat16, False), fitted_in(torch.bfloat16, "graph")
+    assert graph.info["capture"] == "graph"
+    assert graph.info["autocast"] == "torch.bfloat16"
+    assert all(torch.equal(eager.params[name], graph.params[name]) for name in eager.params)
+    full = fitted_in(None, False)
+    assert not torch.equal(full.params["encoder.weight"], eager.params["encoder.weight"])
+    assert eager.elbo == pytest.approx(full.elbo, abs=0.05)

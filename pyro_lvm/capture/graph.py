@@ -28,7 +28,7 @@ from pyro_lvm.parameters import isolated
 
 __all__ = ["CapturedStep", "Level", "choose_level"]
 
-Level = Literal["eager", "graph", "compiled"]
+Level = Literal["eager", "graph", "compiled", "cuda_graph"]
 
 STEPS_THAT_REPAY_A_GRAPH = 200
 """A capture costs about as much as so many steps save."""
@@ -52,7 +52,7 @@ def choose_level(capture: bool | str, total_steps: int) -> tuple[Level, str]:
     """The level that a fit asks for, and why; it depends on the number of steps, never on a clock.
 
     Raises:
-        ValueError: if ``capture`` is none of "auto", "graph", "compiled" and False.
+        ValueError: if ``capture`` is none of "auto", "graph", "compiled", "cuda_graph" and False.
     """
     if capture is False:
         return "eager", "capture=False"
@@ -62,8 +62,10 @@ def choose_level(capture: bool | str, total_steps: int) -> tuple[Level, str]:
         if _compiler() is None:
             return "graph", 'capture="compiled", but there is no C++ compiler (g++ or clang++)'
         return "compiled", 'capture="compiled"'
+    if capture == "cuda_graph":
+        return "cuda_graph", 'capture="cuda_graph"'
     if capture != "auto":
-        raise ValueError(f"capture={capture!r} is not known: use 'auto', 'graph', 'compiled' or False")
+        raise ValueError(f"capture={capture!r} is not known: use 'auto', 'graph', 'compiled', 'cuda_graph' or False")
     if total_steps < STEPS_THAT_REPAY_A_GRAPH:
         return "eager", f"{total_steps} steps do not repay a capture ({STEPS_THAT_REPAY_A_GRAPH} do)"
     if total_steps < STEPS_THAT_REPAY_A_COMPILER:
@@ -208,9 +210,9 @@ class CapturedStep:
                 self.step.size,
             ):
                 raise Uncapturable("the graph gives another loss or other gradients than Pyro")
-        if self.level != "compiled":
+        if self.level == "graph":
             return graph
-        options: Any = {"fallback_random": True}
+        options: Any = {"fallback_random": True, "triton.cudagraphs": self.level == "cuda_graph"}
         compiled = replace(graph, function=torch.compile(_owner(graph.function), dynamic=False, options=options))
         try:
             for batch, right in expected:

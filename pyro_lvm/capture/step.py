@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_lvm.capture.hardware import multiplied_in
 from pyro_lvm.data import Batch
 from pyro_lvm.elbo.estimator import Estimator
 from pyro_lvm.parameters import BoundProgram
@@ -43,6 +44,7 @@ class Step:
         auxiliary_loss: a further loss, nats per datum, or None.
         parameters: what is trained.
         size: rows in the whole data set.
+        autocast: the dtype in which matrices are multiplied, or None.
     """
 
     bound: BoundProgram
@@ -50,13 +52,15 @@ class Step:
     auxiliary_loss: Callable[..., Tensor] | None
     parameters: list[nn.Parameter]
     size: int
+    autocast: torch.dtype | None = None
 
     def __call__(self, batch: Batch) -> StepResult:
         """Take the step on ``batch``."""
         for parameter in self.parameters:
             parameter.grad = None
-        auxiliary = None if self.auxiliary_loss is None else self.auxiliary_loss(*batch.args, **batch.named())
-        loss, terms = self.estimator.step(self.bound, batch, self.parameters, auxiliary, self.size)
+        with multiplied_in(self.autocast, self.parameters[0].device):
+            auxiliary = None if self.auxiliary_loss is None else self.auxiliary_loss(*batch.args, **batch.named())
+            loss, terms = self.estimator.step(self.bound, batch, self.parameters, auxiliary, self.size)
         named: dict[Column, Any] = {("loss", ""): loss}
         named |= {("reconstruction", site): value for site, value in terms.reconstruction.items()}
         named |= {("kl", site): value for site, value in terms.kl.items()}

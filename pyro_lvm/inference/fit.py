@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_lvm.capture.graph import choose_level
+from pyro_lvm.capture.hardware import require_autocast, require_cuda_graph
 from pyro_lvm.data import Rows, as_rows
 from pyro_lvm.errors import ProgramWarning
 from pyro_lvm.evaluation import fresh_seed
@@ -57,7 +58,8 @@ def fit(
     fresh: bool = False,
     progress: bool | None = None,
     device: torch.device | str | None = None,
-    capture: bool | Literal["auto", "graph", "compiled"] = "auto",
+    capture: bool | Literal["auto", "graph", "compiled", "cuda_graph"] = "auto",
+    autocast: torch.dtype | None = None,
 ) -> Fit:
     r"""Fit a program to data by stochastic variational inference.
 
@@ -90,8 +92,10 @@ def fit(
         progress: a progress bar; None shows one on a terminal.
         device: where to compute; None is where the data lie.
         capture: whether to take the step out of Pyro as a plain graph of tensor operations, which gives the same
-            numbers sooner: "auto" by the number of steps, "graph", "compiled" (by inductor, within rounding), or False
-            for plain Pyro. What cannot be captured goes through Pyro; ``fit.info`` says which and why.
+            numbers sooner: "auto" by the number of steps, "graph", "compiled" (by inductor, within rounding),
+            "cuda_graph" (the same, replayed on a GPU), or False for plain Pyro. What cannot be captured goes through
+            Pyro; ``fit.info`` says which and why.
+        autocast: torch.bfloat16 multiplies matrices in it during the steps; ``fit.elbo`` is evaluated without.
 
     Returns:
         A `Fit`. Modules are trained in place; the record keeps a snapshot of its own.
@@ -140,6 +144,8 @@ def fit(
             order = Order(rows, batch_size, strata_of(resolved, rows, batch_size), ordering)
             total_steps = steps if steps is not None else (epochs or 0) * order.steps_per_epoch
             level = choose_level(capture, total_steps)
+            require_cuda_graph(capture, rows.device)
+            require_autocast(autocast, rows.device)
             parameters = list(prepared.bound.trainable().values())
             torch_optimizer, schedule, described = make_optimizer(
                 parameters,
@@ -153,7 +159,7 @@ def fit(
         untouched.restore()
         raise
     del untouched
-    loop = Loop(prepared, order, torch_optimizer, schedule, parameters, grad_clip_norm, total_steps, level)
+    loop = Loop(prepared, order, torch_optimizer, schedule, parameters, grad_clip_norm, total_steps, level, autocast)
     watch = Watch(watching, stopping, held_out, evaluation, progress)
     with isolated(noise, validate=False):
         stopped = loop.run(watch)
@@ -165,6 +171,7 @@ def fit(
         "estimator_reason": prepared.estimator.reason,
         "capture": loop.step.level,
         "capture_reason": loop.step.reason,
+        "autocast": None if autocast is None else str(autocast),
         "optimizer": described,
         "seed": seed,
         "n": len(rows),

@@ -57,9 +57,10 @@ class Loop:
         grad_clip_norm: float | None,
         total_steps: int,
         level: tuple[Level, str],
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.prepared, self.order = prepared, order
-        step = Step(prepared.bound, prepared.estimator, prepared.auxiliary_loss, parameters, len(order.rows))
+        step = Step(prepared.bound, prepared.estimator, prepared.auxiliary_loss, parameters, len(order.rows), autocast)
         self.step = CapturedStep(step, *level)
         self.optimizer, self.schedule, self.parameters = optimizer, schedule, parameters
         self.grad_clip_norm, self.total_steps = grad_clip_norm, total_steps
