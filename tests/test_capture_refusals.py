@@ -299,7 +299,7 @@ def test_the_level_depends_on_what_is_asked_the_steps_and_the_compiler(
 
 @pytest.mark.parametrize("nonsense", [True, None, 1, "eager", "jit"])
 def test_a_level_that_is_not_known_is_refused(nonsense):
-    with pytest.raises(ValueError, match=r"is not known: use 'auto', 'graph', 'compiled' or False"):
+    with pytest.raises(ValueError, match=r"is not known: use 'auto', 'graph', 'compiled', 'cuda_graph' or False"):
         choose_level(nonsense, 10)
     with pytest.raises(ValueError, match="is not known"):
         lvm.fit(Amortised(), rows(), steps=1, capture=nonsense)

@@ -58,7 +58,7 @@ def fit(
     fresh: bool = False,
     progress: bool | None = None,
     device: torch.device | str | None = None,
-    capture: bool | Literal["auto", "graph", "compiled", "cuda_graph"] = "auto",
+    capture: Literal[False, "auto", "graph", "compiled", "cuda_graph"] = "auto",
     autocast: torch.dtype | None = None,
 ) -> Fit:
     r"""Fit a program to data by stochastic variational inference.
