@@ -281,8 +281,8 @@ LEVELS = [
     ("compiled", 1, None, "graph", r"there is no C\+\+ compiler"),
     ("auto", STEPS_THAT_REPAY_A_GRAPH - 1, "g++", "eager", "199 steps do not repay a capture"),
     ("auto", STEPS_THAT_REPAY_A_GRAPH, "g++", "graph", "200 steps do not repay a compilation"),
-    ("auto", STEPS_THAT_REPAY_A_COMPILER - 1, "g++", "graph", "19999 steps do not repay a compilation"),
-    ("auto", STEPS_THAT_REPAY_A_COMPILER, "g++", "compiled", "20000 steps repay a compilation"),
+    ("auto", STEPS_THAT_REPAY_A_COMPILER - 1, "g++", "graph", "3999 steps do not repay a compilation"),
+    ("auto", STEPS_THAT_REPAY_A_COMPILER, "g++", "compiled", "4000 steps repay a compilation"),
     ("auto", STEPS_THAT_REPAY_A_COMPILER, None, "graph", r"would repay a compilation, but there is no C\+\+ compiler"),
 ]
 
@@ -385,3 +385,13 @@ def test_bfloat16_where_the_processor_has_it(monkeypatch):
     full = fitted_in(None, False)
     assert not torch.equal(full.params["encoder.weight"], eager.params["encoder.weight"])
     assert eager.elbo == pytest.approx(full.elbo, abs=0.05)
+
+
+def test_a_long_graph_is_not_compiled_unless_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(graphs, "STEPS_THAT_REPAY_A_GRAPH", 1)
+    monkeypatch.setattr(graphs, "STEPS_THAT_REPAY_A_COMPILER", 2)
+    monkeypatch.setattr(graphs, "OPERATIONS_THAT_COMPILE_SOON", 5)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    fit = lvm.fit((model_of_mean, guide_of_mean), data(), steps=3, seed=0)
+    assert fit.info["capture"] == "graph"
+    assert re.fullmatch(r"\d+ operations would take long to compile", fit.info["capture_reason"])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pyro.infer import RenyiELBO
+from pyro.infer import RenyiELBO, TraceEnum_ELBO
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -33,8 +33,14 @@ Level = Literal["eager", "graph", "compiled", "cuda_graph"]
 STEPS_THAT_REPAY_A_GRAPH = 200
 """A capture costs about as much as so many steps save."""
 
-STEPS_THAT_REPAY_A_COMPILER = 20_000
-"""A compilation takes ten to forty seconds, and saves about a millisecond a step."""
+STEPS_THAT_REPAY_A_COMPILER = 4_000
+"""A compilation takes four to fifteen seconds, and saves one to twenty milliseconds a step."""
+
+OPERATIONS_THAT_COMPILE_SOON = 1_500
+"""Unrolled loops make graphs of thousands of operations, over which a compiler sits for minutes."""
+
+ASKED = "capture="
+"""How the reason for a level begins that was asked for."""
 
 SAME_IN_ANOTHER_ORDER_OF_SUMS = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Relative; for enumerated sites, whose terms of probability nought the graph adds as noughts and Pyro leaves out."""
@@ -57,13 +63,13 @@ def choose_level(capture: bool | str, total_steps: int) -> tuple[Level, str]:
     if capture is False:
         return "eager", "capture=False"
     if capture == "graph":
-        return "graph", 'capture="graph"'
+        return "graph", f'{ASKED}"graph"'
     if capture == "compiled":
         if _compiler() is None:
-            return "graph", 'capture="compiled", but there is no C++ compiler (g++ or clang++)'
-        return "compiled", 'capture="compiled"'
+            return "graph", f'{ASKED}"compiled", but there is no C++ compiler (g++ or clang++)'
+        return "compiled", f'{ASKED}"compiled"'
     if capture == "cuda_graph":
-        return "cuda_graph", 'capture="cuda_graph"'
+        return "cuda_graph", f'{ASKED}"cuda_graph"'
     if capture != "auto":
         raise ValueError(f"capture={capture!r} is not known: use 'auto', 'graph', 'compiled', 'cuda_graph' or False")
     if total_steps < STEPS_THAT_REPAY_A_GRAPH:
@@ -200,17 +206,17 @@ class CapturedStep:
 
     def _compared(self, graph: _Graph, fresh: Any, expected: list[tuple[Batch, list[Tensor | None]]]) -> _Graph:
         """The graph at its level, once it gives what Pyro gave."""
-        summed_out = bool(getattr(self.step.estimator.elbo, "_compute_log_r", None)) or self._enumerates()
-        exact = None if not summed_out else SAME_IN_ANOTHER_ORDER_OF_SUMS
+        summed_out = isinstance(self.step.estimator.elbo, TraceEnum_ELBO)
+        tolerance = SAME_IN_ANOTHER_ORDER_OF_SUMS if summed_out else None
         for batch, right in expected:
-            if not _equal(
-                fresh(lambda b=batch: self._taken(lambda c: self._run(graph, _tensors(c)), b)),
-                right,
-                exact,
-                self.step.size,
-            ):
+            found = fresh(lambda b=batch: self._taken(lambda c: self._run(graph, _tensors(c)), b))
+            if not _equal(found, right, tolerance, self.step.size):
                 raise Uncapturable("the graph gives another loss or other gradients than Pyro")
         if self.level == "graph":
+            return graph
+        operations = len(_owner(graph.function).graph.nodes)
+        if not self.reason.startswith(ASKED) and operations > OPERATIONS_THAT_COMPILE_SOON:
+            self.level, self.reason = "graph", f"{operations} operations would take long to compile"
             return graph
         options: Any = {"fallback_random": True, "triton.cudagraphs": self.level == "cuda_graph"}
         compiled = replace(graph, function=torch.compile(_owner(graph.function), dynamic=False, options=options))
@@ -224,9 +230,6 @@ class CapturedStep:
             _log.info("%s: %s", self.step.bound.program.name, self.reason)
             return graph
         return compiled
-
-    def _enumerates(self) -> bool:
-        return type(self.step.estimator.elbo).__name__ == "TraceEnum_ELBO"
 
 
 def _owner(forward: Any) -> Any:
