@@ -248,7 +248,7 @@ class BoundProgram:
 
     def reference(self, snapshot: Snapshot | None) -> Tensor | None:
         """A floating tensor whose dtype and device the data must have: of ``snapshot``, else of the live parameters."""
-        values = snapshot.values() if snapshot is not None else (tensor for _, tensor in self._tensors())
+        values = snapshot.values() if snapshot is not None else (tensor for _, tensor in self.tensors())
         return next((value for value in values if value.is_floating_point()), None)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -257,12 +257,12 @@ class BoundProgram:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Clones of all parameters (unconstrained) and buffers."""
-        return {name: tensor.detach().clone() for name, tensor in self._tensors()}
+        return {name: tensor.detach().clone() for name, tensor in self.tensors()}
 
     @contextmanager
     def holding(self, snapshot: Snapshot | None) -> Iterator[None]:
         """Evaluate with the values of ``snapshot``, in eval mode; the live values come back afterwards."""
-        live = {name: (tensor, tensor.data) for name, tensor in self._tensors()}
+        live = {name: (tensor, tensor.data) for name, tensor in self.tensors()}
         before = training_mode(self.modules, False)
         try:
             for name, (tensor, _) in live.items():
@@ -277,7 +277,7 @@ class BoundProgram:
     def load(self, snapshot: Snapshot) -> None:
         """Write the values of ``snapshot`` into the live tensors."""
         with torch.no_grad():
-            for name, tensor in self._tensors():
+            for name, tensor in self.tensors():
                 if name in snapshot:
                     tensor.copy_(snapshot[name])
 
@@ -315,7 +315,8 @@ class BoundProgram:
                 names.add(name)
                 yield name, parameter
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer by name, each parameter once."""
         yield from self._parameters()
         for prefix, module in self.program.modules.items():
             for name, buffer in module.named_buffers():

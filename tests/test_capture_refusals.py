@@ -395,3 +395,34 @@ def test_a_long_graph_is_not_compiled_unless_it_is_asked_for(monkeypatch):
     fit = lvm.fit((model_of_mean, guide_of_mean), data(), steps=3, seed=0)
     assert fit.info["capture"] == "graph"
     assert re.fullmatch(r"\d+ operations would take long to compile", fit.info["capture_reason"])
+
+
+def test_the_value_of_a_parameter_is_not_baked_in():
+    """It decides the other way only after some steps: no comparison on the first batch could show it."""
+
+    def model(x, size=None):
+        loc = pyro.param("loc", x.new_tensor(0.0))
+        width = 1.0 if loc.item() < 0.5 else 2.0
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(loc, width), obs=x)
+
+    refused(lambda: (model, nothing), data(), "a tensor's value decides what happens next", lr=0.1)
+
+
+def test_a_tensor_of_the_surroundings_that_a_callback_fills_is_read_anew():
+    def pair():
+        weight = torch.tensor(1.0, dtype=torch.float64)
+
+        def model(x, size=None):
+            loc = pyro.param("loc", x.new_tensor(0.0))
+            with pyro.plate("data", size or len(x), subsample=x):
+                pyro.sample("x", dist.Normal(loc, weight.item()), obs=x)
+
+        return weight, model
+
+    fits = []
+    for capture in (False, "graph"):
+        weight, model = pair()
+        fill = lambda end, weight=weight: weight.fill_(1.0 + end.epoch) and None  # noqa: E731
+        fits.append(lvm.fit((model, nothing), data(), epochs=5, lr=0.1, seed=0, capture=capture, callbacks=[fill]))
+    assert fits[0].history["loss"] == fits[1].history["loss"]

@@ -91,9 +91,13 @@ class Uncapturable(Exception):
 
 @dataclass(frozen=True)
 class _Graph:
-    """A captured step: tensors in; numbers, then gradients out."""
+    """A captured step: the batch's tensors and `state` in; numbers, then gradients out.
+
+    Parameters and buffers are inputs, as the batch is, so that a program that asks for the value of one is found out.
+    """
 
     function: Callable[..., Any]
+    state: tuple[Tensor, ...]
     columns: tuple[Column, ...]
     has_gradient: tuple[bool, ...]
 
@@ -142,7 +146,7 @@ class CapturedStep:
 
     def _run(self, graph: _Graph, tensors: dict[str, Tensor]) -> StepResult:
         with torch.no_grad():
-            values, *gradients = graph.function(*tensors.values())
+            values, *gradients = graph.function(*tensors.values(), *graph.state)
         remaining = iter(gradients)
         for parameter, has in zip(self.step.parameters, graph.has_gradient, strict=True):
             parameter.grad = next(remaining) if has else None
@@ -187,22 +191,23 @@ class CapturedStep:
 
     def _traced(self, batch: Batch) -> _Graph:
         names = list(_tensors(batch))
+        state = tuple(tensor for _, tensor in self.step.bound.tensors())
         told: dict[str, Any] = {}
 
         def function(*tensors: Tensor) -> list[Tensor]:
-            result = self.step(_with(batch, dict(zip(names, tensors, strict=True))))
+            result = self.step(_with(batch, dict(zip(names, tensors[: len(names)], strict=True))))
             gradients = [parameter.grad for parameter in self.step.parameters]
             told["columns"], told["has"] = result.columns, tuple(g is not None for g in gradients)
             return [result.values, *(g for g in gradients if g is not None)]
 
         try:
             with put_aside():
-                graph = make_fx(function)(*_tensors(batch).values())
+                graph = make_fx(function)(*_tensors(batch).values(), *state)
         except Exception as error:  # whatever stands in the way of a graph, Pyro's own step is at hand
             raise Uncapturable(_said(error)) from error
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return _Graph(graph.forward, told["columns"], told["has"])
+        return _Graph(graph.forward, state, told["columns"], told["has"])
 
     def _compared(self, graph: _Graph, fresh: Any, expected: list[tuple[Batch, list[Tensor | None]]]) -> _Graph:
         """The graph at its level, once it gives what Pyro gave."""

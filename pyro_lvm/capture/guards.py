@@ -23,7 +23,7 @@ DEPTH = 4
 
 
 def python_state(program: Program, auxiliary_loss: Any = None) -> dict[str, Any]:
-    """Plain values (and the identity of tensors) in the attributes, closures and globals that a program uses.
+    """Plain values in the attributes, closures and globals that a program uses; of tensors, which and what version.
 
     A graph holds them as constants: where one has changed, the graph is another program's.
     """
@@ -84,7 +84,11 @@ def _values(path: str, thing: Any, seen: set[int], depth: int) -> Iterator[tuple
         yield path, thing
         return
     if isinstance(thing, Tensor):
-        yield path, id(thing)
+        # what a module holds is an input of the graph; of other tensors a value may have been read
+        yield (
+            path,
+            id(thing) if "._buffers." in path or isinstance(thing, nn.Parameter) else (id(thing), thing._version),
+        )
         return
     if depth == 0 or isinstance(thing, type | ModuleType) or id(thing) in seen:
         return
