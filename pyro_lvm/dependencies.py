@@ -12,9 +12,9 @@ from pyro.distributions import Delta
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
-from torch.distributions import Independent
 
 from pyro_lvm.data import Batch
+from pyro_lvm.structure import base_of
 
 __all__ = ["Parents", "descendants", "parents"]
 
@@ -73,9 +73,7 @@ class _Tracked(Messenger):
 
 
 def _origins(fn: Any, value: Any) -> frozenset[str]:
-    base = fn
-    while isinstance(base, Independent):
-        base = base.base_dist
+    base = base_of(fn)
     if isinstance(base, Delta):
         return frozenset(get_provenance([base.v, base.log_density]))
     try:

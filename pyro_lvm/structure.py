@@ -16,7 +16,21 @@ from torch.distributions import Independent
 from pyro_lvm.data import Batch
 from pyro_lvm.declaration import declared_at
 
-__all__ = ["Plate", "Recorder", "Site", "Structure", "trace_structure"]
+__all__ = ["Plate", "Recorder", "Site", "Structure", "base_of", "support_of_entry", "trace_structure"]
+
+
+def base_of(fn: Any) -> Any:
+    """A distribution without `to_event`."""
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def support_of_entry(support: Any) -> Any:
+    """The constraint on one entry of an event."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
 
 
 @dataclass(frozen=True)
@@ -65,10 +79,7 @@ class Site:
     @property
     def base(self) -> Any:
         """Its distribution without `to_event` and `expand`."""
-        fn = self.fn
-        while isinstance(fn, Independent):
-            fn = fn.base_dist
-        return fn
+        return base_of(self.fn)
 
     @property
     def kind(self) -> str:
@@ -88,9 +99,7 @@ class Site:
     @property
     def support(self) -> str:
         """The values that one entry can take, in words."""
-        leaf = self.fn.support
-        while hasattr(leaf, "base_constraint"):
-            leaf = leaf.base_constraint
+        leaf = support_of_entry(self.fn.support)
         varies = [bound for bound in vars(leaf).values() if isinstance(bound, Tensor) and bound.numel() > 1]
         if varies:
             return type(leaf).__name__.lstrip("_")

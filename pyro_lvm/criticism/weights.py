@@ -21,7 +21,6 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
 from torch import Tensor
-from torch.distributions import Independent
 
 from pyro_lvm.data import Batch
 from pyro_lvm.elbo.terms import is_random
@@ -115,10 +114,7 @@ def point_estimates(structure: Structure) -> list[str]:
 
 
 def _is_delta(site: Site | None) -> bool:
-    fn = None if site is None else site.fn
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
+    return site is not None and isinstance(site.base, Delta)
 
 
 def _enumerate(model: Callable[..., Any], guide: Callable[..., Any], structure: Structure, batch: Batch) -> Draw:

@@ -22,7 +22,9 @@ from pyro.infer.traceenum_elbo import TraceEnum_ELBO
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import Independent, kl_divergence
+from torch.distributions import kl_divergence
+
+from pyro_lvm.structure import base_of
 
 __all__ = ["Terms", "closed_form_kl", "is_random", "read_terms"]
 
@@ -73,12 +75,9 @@ def is_random(node: Any) -> bool:
 
 def closed_form_kl(guide_fn: Any, model_fn: Any) -> Tensor | None:
     """KL(guide || model) where torch has a closed form for the pair and it is exact, else None."""
-    base = guide_fn
-    while isinstance(base, Independent):
-        base = base.base_dist
     if guide_fn.event_shape != model_fn.event_shape:
         return None  # torch would broadcast them, or fail
-    if isinstance(base, Delta):
+    if isinstance(base_of(guide_fn), Delta):
         return None  # Pyro's entry for Delta forgets the log-density that autoguides put there
     try:
         kl: Tensor = kl_divergence(guide_fn, model_fn)

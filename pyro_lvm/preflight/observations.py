@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from pyro_lvm.data import Batch, Rows
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.parameters import BoundProgram
-from pyro_lvm.structure import Site, Structure, trace_structure
+from pyro_lvm.structure import Site, Structure, support_of_entry, trace_structure
 
 __all__ = ["check_observations", "check_support"]
 
@@ -99,9 +99,7 @@ def _observed_arguments(structure: Structure, batch: Batch) -> Iterator[tuple[Si
 
 def _shared_by_rows(support: Any) -> Any | None:
     """The support of one entry, with plates' copies of one bound made one; None if it depends on the row."""
-    base = support
-    while hasattr(base, "base_constraint"):
-        base = base.base_constraint
+    base = support_of_entry(support)
     if base is None or constraints.is_dependent(base):
         return None
     base = copy.copy(base)

@@ -10,7 +10,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_lvm.errors import ProgramError
-from pyro_lvm.structure import Plate, Site, Structure
+from pyro_lvm.structure import Plate, Site, Structure, support_of_entry
 
 __all__ = ["check_pairing"]
 
@@ -128,9 +128,7 @@ def _edit_of_plates(in_model: dict[int, Plate], in_guide: dict[int, Plate]) -> s
 
 def _bounds(support: Any) -> tuple[str, Any, Any]:
     """A support as a kind and two ends: every half-line, interval and the line itself are of one kind."""
-    base = support
-    while hasattr(base, "base_constraint"):
-        base = base.base_constraint
+    base = support_of_entry(support)
     lower, upper = getattr(base, "lower_bound", None), getattr(base, "upper_bound", None)
     discrete = bool(getattr(support, "is_discrete", False))
     if lower is None and upper is None and type(base).__name__ not in ("_Real", "_RealVector", "_Circular"):

@@ -18,7 +18,6 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoNormal
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Independent
 
 from pyro_lvm.data import Batch, Rows
 from pyro_lvm.elbo.estimator import Estimator, make_estimator, plain_estimator
@@ -26,7 +25,7 @@ from pyro_lvm.elbo.terms import is_random
 from pyro_lvm.inference.prepare import Prepared
 from pyro_lvm.parameters import BoundProgram, Snapshot, isolated
 from pyro_lvm.preflight.tracing import traced
-from pyro_lvm.structure import Structure
+from pyro_lvm.structure import Structure, base_of
 
 __all__ = ["Held", "Setting", "generators_stay", "make_setting", "relative"]
 
@@ -187,9 +186,7 @@ def _draw(bound: BoundProgram, structure: Structure, batch: Batch) -> dict[str, 
 
 def _is_computed(fn: Any) -> bool:
     """A Delta is no draw, and its density is nought a rounding error away."""
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
+    return isinstance(base_of(fn), Delta)
 
 
 def _loss(bound: BoundProgram, plain: Estimator, batch: Batch, held: Mapping[str, Tensor]) -> tuple[float, float]:
