@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from pyro_lvm.inference.adam import FusedAdam
+
 __all__ = ["make_optimizer"]
 
 PEAK_RATE = 1e-2
@@ -64,7 +66,7 @@ def make_optimizer(
         raise TypeError(f"scheduler must be a factory that takes the optimiser; got {scheduler!r}")
     if optimizer is None:
         rate = lr or (PEAK_RATE_OF_NETWORKS if has_network else PEAK_RATE)
-        chosen: Optimizer = torch.optim.Adam(parameters, lr=rate, fused=_can_fuse(parameters))
+        chosen: Optimizer = FusedAdam(parameters, rate) if _can_fuse(parameters) else torch.optim.Adam(parameters, rate)
     else:
         chosen = optimizer(parameters) if lr is None else optimizer(parameters, lr=lr)
         if not isinstance(chosen, Optimizer):
@@ -74,7 +76,8 @@ def make_optimizer(
                 f"{type(chosen).__name__} evaluates the loss several times a step, which fit does not: choose an "
                 "optimiser of first order such as torch.optim.Adam"
             )
-    described = f"{type(chosen).__name__}(lr={chosen.param_groups[0]['lr']:g})"
+    name = "Adam" if optimizer is None else type(chosen).__name__
+    described = f"{name}(lr={chosen.param_groups[0]['lr']:g})"
     if scheduler is not None:
         schedule = scheduler(chosen)
         if not isinstance(schedule, LRScheduler | ReduceLROnPlateau):
@@ -90,8 +93,9 @@ def make_optimizer(
 
 
 def _can_fuse(parameters: list[nn.Parameter]) -> bool:
-    devices = {parameter.device.type for parameter in parameters}
-    return devices <= {"cpu", "cuda"} and all(parameter.is_floating_point() for parameter in parameters)
+    kinds = {(parameter.device, parameter.dtype) for parameter in parameters}
+    device, dtype = next(iter(kinds))
+    return len(kinds) == 1 and device.type in ("cpu", "cuda") and dtype.is_floating_point
 
 
 def plateau_step(schedule: ReduceLROnPlateau, elbo: float) -> None:
