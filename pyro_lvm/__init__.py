@@ -8,6 +8,7 @@ from pyro_lvm.criticism.evidence import log_evidence
 from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
 from pyro_lvm.inference.check import check
 from pyro_lvm.inference.early_stopping import EarlyStopping
+from pyro_lvm.inference.em import em
 from pyro_lvm.inference.fit import fit
 from pyro_lvm.inference.record import Fit
 from pyro_lvm.models.factor_analysis import FactorAnalysis
@@ -38,6 +39,7 @@ __all__ = [
     "check",
     "compare_elbos",
     "datasets",
+    "em",
     "fit",
     "likelihoods",
     "log_evidence",

@@ -65,6 +65,7 @@ class Rows:
         size: number of rows.
         dtype: floating data are cast to it; None keeps each array's own.
         device: where batches are sent.
+        missing: whether floating values may be NaN.
     """
 
     args: tuple[Any, ...] = ()
@@ -74,6 +75,7 @@ class Rows:
     size: int = 0
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+    missing: bool = False
 
     def __len__(self) -> int:
         return self.size
@@ -148,7 +150,7 @@ class Rows:
         arrays = (*self.args, *self.kwargs.values())
         if not arrays or not all(isinstance(array, Tensor | np.ndarray) for array in arrays):
             for name, value in self.first(1024).tensors().items():
-                _refuse_non_finite(value, name if argument == "data" else f"{argument}: {name}")
+                _refuse_non_finite(value, name if argument == "data" else f"{argument}: {name}", self.missing)
 
     def _subset(self, index: Tensor) -> Rows:
         if self.dataset is not None:
@@ -223,13 +225,14 @@ def _split(item: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return (item,), {}
 
 
-def as_rows(data: Any, argument: str = "data") -> Rows:
+def as_rows(data: Any, argument: str = "data", *, missing: bool = False) -> Rows:
     """See ``data`` as rows.
 
     Args:
         data: a tensor, ndarray or memmap; a tuple (positional arguments) or dict (keyword arguments) of them;
             a map-style `Dataset`; a `DataLoader`; any object with ``len`` and ``x[rows]`` giving tensors.
         argument: what the caller calls it, for error messages.
+        missing: whether NaN marks a missing value; it is an error otherwise.
 
     Raises:
         TypeError: if it is none of these.
@@ -241,11 +244,11 @@ def as_rows(data: Any, argument: str = "data") -> Rows:
         size = _at_least_one(_length_of_dataset(data), argument)
         if len(data) == 0:
             raise ValueError(f"{argument} is a DataLoader without a batch: use a smaller batch_size or drop_last=False")
-        return Rows(loader=data, size=size)
+        return Rows(loader=data, size=size, missing=missing)
     if isinstance(data, Dataset):
         if not hasattr(data, "__len__"):
             raise TypeError(f"{argument} is a Dataset without a length: wrap it in a map-style Dataset with __len__")
-        return Rows(dataset=data, size=_at_least_one(len(data), argument))
+        return Rows(dataset=data, size=_at_least_one(len(data), argument), missing=missing)
     args: tuple[Any, ...] = data if isinstance(data, tuple) else () if isinstance(data, Mapping) else (data,)
     kwargs: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
     named = {f"{argument}[{i}]" if len(args) > 1 else argument: array for i, array in enumerate(args)}
@@ -256,9 +259,10 @@ def as_rows(data: Any, argument: str = "data") -> Rows:
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ValueError(f"all arrays of {argument} must have the same number of rows, but {counts}")
-    for name, array in named.items():
-        _refuse_non_finite(array, name)
-    return Rows(args, kwargs, size=_at_least_one(next(iter(lengths.values())), argument))
+    # rows that are given only when asked for may hold anything
+    lazy = missing and not all(isinstance(array, Tensor | np.ndarray) for array in named.values())
+    some = [_refuse_non_finite(array, name, missing) for name, array in named.items()]
+    return Rows(args, kwargs, size=_at_least_one(next(iter(lengths.values())), argument), missing=any(some) or lazy)
 
 
 def _length_of_dataset(loader: DataLoader[Any]) -> int:
@@ -302,21 +306,31 @@ def _at_least_one(size: int, argument: str) -> int:
     return size
 
 
-def _refuse_non_finite(array: Any, name: str, rows_at_once: int = 4096) -> None:
+def _refuse_non_finite(array: Any, name: str, missing: bool = False, rows_at_once: int = 4096) -> bool:
+    """Raise at an infinite value, and at NaN unless it may be ``missing``; whether there is any."""
     floating = array.dtype.kind == "f" if isinstance(array, np.ndarray) else _is_floating_tensor(array)
     if not floating:
-        return
+        return False
+    found = False
     for start in range(0, len(array), rows_at_once):
         block = array[start : start + rows_at_once]
         finite = torch.from_numpy(np.isfinite(block)) if isinstance(array, np.ndarray) else torch.isfinite(block)
         if bool(finite.all()):
             continue
+        if missing:
+            finite = finite | torch.as_tensor(block != block)
+            found = True
+            if bool(finite.all()):
+                continue
         row = int((~finite.flatten(1).all(-1) if finite.dim() > 1 else ~finite).nonzero()[0])
-        nan = (block != block).any()
+        nan = not missing and (block != block).any()
+        edit = "drop or impute those rows"
+        edit += ", or integrate out what is missing with missing='marginalize'" if nan else " before fitting"
         raise ValueError(
             f"{name} holds {'NaN' if nan else 'infinite'} values ({int((~finite).sum())} in rows {start} to "
-            f"{start + len(block) - 1}, the first in row {start + row}): drop or impute those rows before fitting"
+            f"{start + len(block) - 1}, the first in row {start + row}): {edit}"
         )
+    return found
 
 
 def _is_floating_tensor(array: Any) -> bool:

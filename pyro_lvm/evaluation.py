@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,11 @@ class Evaluation:
     def of(program: Any, x: Any) -> Evaluation:
         """Set up an evaluation of a `Fit`, or of a program with a guide, on the data ``x``."""
         snapshot: Snapshot | None = None
-        rows = as_rows(x, "x")
         if hasattr(program, "_bound"):  # a Fit; importing its class here would turn the imports round
             bound, snapshot = program._bound, program._snapshot
+            rows = as_rows(x, "x", missing=bound.program.missing is not None)
         else:
+            rows = as_rows(x, "x")
             resolved = as_program(program)
             if resolved.guide is None:
                 raise ProgramError(
@@ -51,7 +52,7 @@ class Evaluation:
                     "(model, guide) tuple"
                 )
             bound = BoundProgram(resolved)
-        with isolated(0, validate=True), bound.holding(snapshot):
+        with isolated(0, validate=True), bound.holding(snapshot), _missing(bound, rows):
             rows = rows.like(bound.reference(snapshot))
             bound.functions.dtype = bound.functions.dtype or floating_dtype(rows.first(1).tensors().values())
             bound.program.require_arguments(*rows.first(1).data())
@@ -66,8 +67,14 @@ class Evaluation:
     @contextmanager
     def running(self, seed: int | None) -> Iterator[None]:
         """Evaluate with the snapshot, in eval mode, under a random state that leaves the process's alone."""
-        with isolated(fresh_seed() if seed is None else seed, validate=False), self.bound.holding(self.snapshot):
+        noise = isolated(fresh_seed() if seed is None else seed, validate=False)
+        with noise, self.bound.holding(self.snapshot), _missing(self.bound, self.rows):
             yield
+
+
+def _missing(bound: BoundProgram, rows: Rows) -> AbstractContextManager[None]:
+    """What is missing in these rows is integrated out, if the fit was asked to."""
+    return nullcontext() if bound.program.missing is None else bound.program.missing.during(rows)
 
 
 def batch_to_trace(program: Program, rows: Rows) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ class Program:
         source: what the user handed over; ``fit.program`` is this object.
         modules: the `torch.nn.Module`s of the pair by the prefix that their parameters get.
         keywords: which of ``size``, ``index`` and ``weight`` each callable names.
+        missing: what it does about missing values in the data; None where they are an error.
     """
 
     model: Callable[..., Any]
@@ -45,6 +46,7 @@ class Program:
     source: Any
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     keywords: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    missing: Any = None
 
     def names(self, keyword: str) -> bool:
         """Whether the model's signature names ``keyword``."""
@@ -73,7 +75,7 @@ class Program:
 
     def with_guide(self, guide: Callable[..., Any]) -> Program:
         """The same program with another guide."""
-        return _resolved(self.source, self.model, guide)
+        return replace(_resolved(self.source, self.model, guide), missing=self.missing)
 
     def require_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raise `TypeError` unless model and guide take the data ``args`` and ``kwargs``."""

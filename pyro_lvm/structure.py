@@ -15,13 +15,14 @@ from torch.distributions import Independent
 
 from pyro_lvm.data import Batch
 from pyro_lvm.declaration import declared_at
+from pyro_lvm.missing import ObservedPart
 
 __all__ = ["Plate", "Recorder", "Site", "Structure", "base_of", "support_of_entry", "trace_structure"]
 
 
 def base_of(fn: Any) -> Any:
-    """A distribution without `to_event`."""
-    while isinstance(fn, Independent):
+    """A distribution without `to_event`, whatever part of it is observed."""
+    while isinstance(fn, Independent | ObservedPart):
         fn = fn.base_dist
     return fn
 

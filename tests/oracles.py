@@ -278,3 +278,73 @@ def normal_inverse_wishart_evidence(
     log_gamma = scipy.special.multigammaln(degrees_n / 2, d) - scipy.special.multigammaln(degrees / 2, d)
     log_dets = degrees * np.linalg.slogdet(psi)[1] - degrees_n * np.linalg.slogdet(psi_n)[1]
     return float(-n * d / 2 * np.log(np.pi) + log_gamma + 0.5 * log_dets + d / 2 * np.log(kappa / kappa_n))
+
+
+# --- expectation maximisation and missing values -------------------------------------------------------------------
+
+
+def scikit_learn_em(x: np.ndarray, responsibilities: np.ndarray, kind: str, num_steps: int) -> tuple[object, float]:
+    """scikit-learn's mixture after `num_steps` M-steps from these responsibilities, floor off, and its log p(x)."""
+    from sklearn.mixture import GaussianMixture
+
+    mixture = GaussianMixture(responsibilities.shape[1], covariance_type=kind, reg_covar=0.0)
+    mixture._initialize(x, responsibilities)
+    for _ in range(num_steps - 1):
+        _, log_responsibilities = mixture._e_step(x)
+        mixture._m_step(x, log_responsibilities)
+    return mixture, float(mixture.score_samples(x).sum())
+
+
+def mixture_kl_to_posterior(before: np.ndarray, after: np.ndarray) -> float:
+    """KL(q || p(k | x)) summed over rows, q being the softmax of log joints `before`, p of `after`; (n, K) each."""
+    log_q, log_p = (scipy.special.log_softmax(log_joint, axis=1) for log_joint in (before, after))
+    return float((np.exp(log_q) * (log_q - log_p)).sum())
+
+
+def mixture_log_prior(
+    weights: np.ndarray,
+    locs: np.ndarray,
+    covariances: np.ndarray,
+    kind: str,
+    concentration: float,
+    prior: tuple[np.ndarray, float, float, np.ndarray],
+) -> float:
+    """Log density of weights, means and covariances under (mean, kappa, degrees, psi) and a Dirichlet."""
+    mean, kappa, degrees, psi = prior
+    k, d = locs.shape
+    total = scipy.stats.dirichlet(np.full(k, concentration)).logpdf(weights)
+    matrices = gaussian_mixture_matrices(covariances, kind, k, d)
+    for loc, matrix in zip(locs, matrices, strict=True):
+        total += scipy.stats.multivariate_normal(mean, matrix / kappa).logpdf(loc)
+    if kind in ("full", "tied"):
+        distinct = matrices if kind == "full" else matrices[:1]
+        return float(total + sum(scipy.stats.invwishart(degrees, psi).logpdf(matrix) for matrix in distinct))
+    shape, scale = (degrees - d + 1) / 2, np.diag(psi) if kind == "diag" else np.diag(psi).mean()
+    return float(total + scipy.stats.invgamma(shape, scale=scale / 2).logpdf(covariances).sum())
+
+
+def normal_of_observed(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """Log density of what is not NaN in each row, shape (n,)."""
+    found = np.zeros(len(x))
+    for i, row in enumerate(x):
+        seen = ~np.isnan(row)
+        if seen.any():
+            marginal = scipy.stats.multivariate_normal(mean[seen], covariance[np.ix_(seen, seen)])
+            found[i] = marginal.logpdf(row[seen])
+    return found
+
+
+def conditional_normal(row: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of what is NaN in one row given the rest."""
+    gone = np.isnan(row)
+    regression = covariance[np.ix_(gone, ~gone)] @ np.linalg.inv(covariance[np.ix_(~gone, ~gone)])
+    conditional = mean[gone] + regression @ (row[~gone] - mean[~gone])
+    return conditional, covariance[np.ix_(gone, gone)] - regression @ covariance[np.ix_(~gone, gone)]
+
+
+def lloyd(x: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, float]:
+    """scikit-learn's K-means from these means: centres and inertia."""
+    from sklearn.cluster import KMeans
+
+    found = KMeans(len(means), init=means, n_init=1, tol=0.0, max_iter=1000, algorithm="lloyd").fit(x)
+    return found.cluster_centers_, float(found.inertia_)

@@ -9,6 +9,7 @@ https://arxiv.org/abs/1509.00519).
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
@@ -175,7 +176,12 @@ def _exact(evaluation: Evaluation, batch_size: int) -> Tensor | None:
     log_prob = evaluation.bound.program.hook("log_prob")
     if log_prob is None or structure.global_latent:
         return None
-    return torch.cat([log_prob(*b.args, **b.kwargs) for b in evaluation.rows.batches(batch_size)])
+    marginal: dict[str, Any] = {}
+    if evaluation.rows.missing:
+        if "missing" not in inspect.signature(log_prob).parameters:
+            return None
+        marginal = {"missing": "marginalize"}
+    return torch.cat([log_prob(*b.args, **b.kwargs, **marginal) for b in evaluation.rows.batches(batch_size)])
 
 
 def _estimate(evaluation: Evaluation, num_samples: int, batch_size: int) -> Evidence:

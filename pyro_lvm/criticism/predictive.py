@@ -26,12 +26,14 @@ from pyro_lvm.criticism.weights import (
 )
 from pyro_lvm.data import Batch
 from pyro_lvm.elbo.terms import is_random
+from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
 from pyro_lvm.posterior import Posterior
 from pyro_lvm.structure import Site, Structure
 
 __all__ = [
     "data_sites",
+    "draw_imputations",
     "draw_posterior",
     "draw_prior",
     "log_likelihood",
@@ -110,6 +112,22 @@ def _one_draw(evaluation: Evaluation, batch: Batch) -> tuple[Any, Tensor, Tensor
         replayed = poutine.replay(bound.model, trace=guide_trace)
         trace = poutine.trace(replayed).get_trace(*batch.args, **batch.named())
     return trace, _log_prob(trace), density
+
+
+@torch.no_grad()
+def draw_imputations(evaluation: Evaluation, num_draws: int) -> Tensor:
+    """Draws of the missing values of the one observed site that has any, shape (num_draws, *plates, *event)."""
+    batch, structure = evaluation.whole()
+    sites = [site for site in data_sites(structure) if bool(site.value.isnan().any())]
+    if len(sites) != 1:
+        named = ", ".join(str(site) for site in sites) or "none of the observed sites"
+        raise ProgramError(f"missing values are imputed for one observed site; {named} has NaN: pass x with NaN in one")
+    drawn = []
+    for _ in range(num_draws):
+        trace, _, _ = _one_draw(evaluation, batch)
+        node = trace.nodes[sites[0].name]
+        drawn.append(node["fn"].impute(node["value"]).reshape(site_shape(sites[0])))
+    return torch.stack(drawn).cpu()
 
 
 def _log_prob(trace: Any) -> Tensor:

@@ -31,6 +31,7 @@ from pyro_lvm.inference.optimisation import make_optimizer
 from pyro_lvm.inference.prepare import Request, placed, prepare, reset, resolve
 from pyro_lvm.inference.progress import EpochEnd
 from pyro_lvm.inference.record import Fit
+from pyro_lvm.missing import marginalizing, require_missing
 from pyro_lvm.parameters import Untouched, isolated
 from pyro_lvm.preflight.suspicions import suspicions
 
@@ -58,6 +59,7 @@ def fit(
     fresh: bool = False,
     progress: bool | None = None,
     device: torch.device | str | None = None,
+    missing: Literal["marginalize"] | None = None,
     capture: Literal[False, "auto", "graph", "compiled", "cuda_graph"] = "auto",
     autocast: torch.dtype | None = None,
 ) -> Fit:
@@ -91,6 +93,8 @@ def fit(
         fresh: whether to initialise modules again; otherwise they continue from where they are.
         progress: a progress bar; None shows one on a terminal.
         device: where to compute; None is where the data lie.
+        missing: "marginalize" takes NaN in floating data for values missing at random and integrates them out of the
+            likelihood; guides see the mean of the feature in their place. None makes NaN an error.
         capture: whether to take the step out of Pyro as a plain graph of tensor operations, which gives the same
             numbers sooner: "auto" by the number of steps, "graph", "compiled" (by inductor, within rounding),
             "cuda_graph" (the same, replayed on a GPU), or False for plain Pyro. What cannot be captured goes through
@@ -129,12 +133,14 @@ def fit(
     resolved, recipe = resolve(program, guide)
     seed = fresh_seed() if seed is None else seed
     initialisation, ordering, noise, evaluation = _streams(seed)
-    rows, held_out = _rows(data, validation, batch_size, ordering)
+    rows, held_out = _rows(data, validation, batch_size, ordering, require_missing(missing))
     stopping = _stopping(early_stopping, held_out)
     untouched = Untouched(resolved.modules.values())
     try:
         with isolated(initialisation, validate=check):
             rows, held_out, cast = placed(resolved, rows, held_out, device)
+            if missing is not None:
+                resolved = marginalizing(resolved, rows, held_out)
             if fresh:
                 reset(resolved.modules.values())
             request = Request(resolved, rows, held_out, recipe, elbo, batch_size, initialisation, check, fresh)
@@ -171,6 +177,7 @@ def fit(
         "estimator_reason": prepared.estimator.reason,
         "capture": loop.step.level,
         "capture_reason": loop.step.reason,
+        "missing": missing,
         "autocast": None if autocast is None else str(autocast),
         "optimizer": described,
         "seed": seed,
@@ -232,16 +239,16 @@ def _streams(seed: int) -> list[int]:
     return [int(s) for s in torch.randint(2**31, (4,), generator=generator)]
 
 
-def _rows(data: Any, validation: Any, batch_size: int | None, seed: int) -> tuple[Rows, Rows | None]:
+def _rows(data: Any, validation: Any, batch_size: int | None, seed: int, missing: bool) -> tuple[Rows, Rows | None]:
     """The rows to train on, and those held out."""
-    rows = as_rows(data)
+    rows = as_rows(data, missing=missing)
     if rows.loader is not None and batch_size is not None:
         raise ValueError(f"batch_size={batch_size} says nothing to a DataLoader, which makes its own batches: drop it")
     if validation is None:
         return rows, None
     if isinstance(validation, int | float):
         return rows.split(float(validation), torch.Generator().manual_seed(seed))
-    return rows, as_rows(validation, "validation")
+    return rows, as_rows(validation, "validation", missing=missing)
 
 
 def _stopping(early_stopping: EarlyStopping | bool | None, held_out: Rows | None) -> EarlyStopping | None:

@@ -238,7 +238,7 @@ def _check_held_out(held_out: Rows, bound: BoundProgram, check: bool) -> None:
 def _initialize(program: Program, rows: Rows, seed: int) -> None:
     hook = program.hook("initialize")
     if hook is not None:
-        batch = rows.whole()
+        batch = rows.whole() if program.missing is None else program.missing.filled(rows.whole())
         hook(*batch.args, **batch.kwargs, seed=seed)
 
 
@@ -248,6 +248,8 @@ def _auxiliary(bound: BoundProgram, first: Batch) -> Callable[..., Tensor] | Non
     if hook is None:
         return None
     loss = bind(hook, row_keywords(hook), bound.functions)
+    if bound.program.missing is not None and bound.program.missing.active:
+        loss = bound.program.missing.guide(loss)  # it sees what the guide sees
     with torch.no_grad():
         value = loss(*first.args, **first.named())
     if not isinstance(value, Tensor) or value.shape != ():

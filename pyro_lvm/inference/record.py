@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_lvm.criticism.evidence import estimate_evidence
 from pyro_lvm.criticism.predictive import (
     data_sites,
+    draw_imputations,
     draw_posterior,
     draw_prior,
     log_likelihood,
@@ -126,6 +127,36 @@ class Fit:
             if evaluation.structure.global_latent:
                 return log_predictive(evaluation, num_samples)
             return estimate_evidence(evaluation, num_samples, "auto", 512).log_evidence
+
+    def impute(self, x: Any, num_draws: int = 100, seed: int | None = None) -> Tensor:
+        r"""Draws of what is missing in x given the rest, :math:`x_m^{(s)} \sim \int p(x_m \mid x_o, z)\, q(z)\,dz`.
+
+        Programs with an exact conditional (``impute`` of `GaussianMixture`, `PPCA`, `FactorAnalysis`, where the
+        parameters have no posterior) draw from that; others draw latents from the guide, then the missing values.
+
+        Args:
+            x: data as for `fit`, NaN where a value is missing.
+            num_draws: how many.
+            seed: of the draws; None for fresh ones.
+
+        Returns:
+            Shape (num_draws, \*shape of x); what is not missing is as in x. The mean over draws is the imputation
+            with the least squared error.
+
+        Raises:
+            ProgramError: unless the fit was made with ``missing="marginalize"`` and one observed site has NaN.
+        """
+        _at_least_one(num_draws, "num_draws")
+        if self._bound.program.missing is None:
+            raise ProgramError("this fit knows nothing of missing values: fit again with missing='marginalize'")
+        evaluation = Evaluation.of(self, x)
+        with evaluation.running(seed):
+            exact = self._bound.program.hook("impute")
+            if exact is not None and not evaluation.structure.global_latent:
+                batch = evaluation.rows.whole()
+                drawn: Tensor = exact(*batch.args, **batch.kwargs, num_draws=num_draws, seed=seed)
+                return drawn.cpu()
+            return draw_imputations(evaluation, num_draws)
 
     def responsibilities(self, x: Any, num_samples: int = 1000, seed: int | None = None) -> Tensor:
         """p(component | x_i), averaged over the posterior of the parameters where there is one; shape (n, K), float64.

@@ -17,16 +17,21 @@ import torch
 from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
+from pyro_lvm.blocks import Blocks
 from pyro_lvm.errors import ProgramError
+from pyro_lvm.exact import ExpectationMaximisation
+from pyro_lvm.missing import Missing, generator_for, has_missing
+from pyro_lvm.models.information_criteria import InformationCriteria
 from pyro_lvm.models.mixture_densities import (
     COVARIANCES,
     Covariance,
     covariances_from_scale,
     mixture_log_joint,
-    mixture_log_prob,
-    mixture_responsibilities,
 )
+from pyro_lvm.models.mixture_em import MixtureEM
 from pyro_lvm.models.mixture_initialization import best_of_short_runs
+from pyro_lvm.models.mixture_kmeans import KMeans
+from pyro_lvm.models.mixture_missing import impute_rows, observed_log_joint
 from pyro_lvm.models.mixture_parameters import MixtureParameters, scale_shape
 from pyro_lvm.prior_distributions import InUnits, InverseWishartCholesky
 from pyro_lvm.priors import NormalInverseWishart
@@ -34,7 +39,7 @@ from pyro_lvm.priors import NormalInverseWishart
 __all__ = ["GaussianMixture"]
 
 
-class GaussianMixture(nn.Module):
+class GaussianMixture(InformationCriteria, nn.Module):
     r"""Gaussian mixture with its label enumerated, by maximum likelihood or with a prior over its parameters.
 
     .. math::
@@ -175,11 +180,12 @@ class GaussianMixture(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ closed forms
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, *, missing: Missing = None) -> Tensor:
         """Exact log evidence of each row, label summed out; keeps gradients.
 
         Args:
             x: data, shape (n, D).
+            missing: "marginalize" integrates out what is NaN; None makes NaN an error.
 
         Returns:
             Shape (n,), nats per datum.
@@ -187,14 +193,14 @@ class GaussianMixture(nn.Module):
         Raises:
             ProgramError: with a prior; ``fit.log_prob(x)`` averages over the posterior.
         """
-        self._check(x, "log_prob")
-        return mixture_log_prob(x, *self._natural(), self.covariance)
+        return self._log_joint(x, "log_prob", missing).logsumexp(-1)
 
-    def responsibilities(self, x: Tensor) -> Tensor:
+    def responsibilities(self, x: Tensor, *, missing: Missing = None) -> Tensor:
         """Bayes' rule for the label, p(component = k | x); keeps gradients.
 
         Args:
             x: data, shape (n, D).
+            missing: as for `log_prob`.
 
         Returns:
             Shape (n, K); rows sum to one.
@@ -202,8 +208,24 @@ class GaussianMixture(nn.Module):
         Raises:
             ProgramError: with a prior; ``fit.responsibilities(x)`` averages over the posterior.
         """
-        self._check(x, "responsibilities")
-        return mixture_responsibilities(x, *self._natural(), self.covariance)
+        return self._log_joint(x, "responsibilities", missing).softmax(-1)
+
+    def _log_joint(self, x: Tensor, method: str, missing: Missing) -> Tensor:
+        """Log p(x, component = k), shape (n, K)."""
+        self._check(x, method)
+        if has_missing(x, missing):
+            return observed_log_joint(x, *self._natural(), self.covariance)
+        return mixture_log_joint(x, *self._natural(), self.covariance)
+
+    def impute(self, x: Tensor, num_draws: int = 100, seed: int | None = None) -> Tensor:
+        """Draws of what is NaN in x (n, D) from its exact conditional given the rest, shape (num_draws, n, D).
+
+        Raises:
+            ProgramError: with a prior; ``fit.impute(x)`` draws the parameters too.
+        """
+        self._check(x, "impute")
+        generator = generator_for(seed, x.device)
+        return impute_rows(x, *self._natural(), self.covariance, num_draws, generator)
 
     def log_joint_given(self, x: Tensor, sites: dict[str, Tensor]) -> Tensor:
         """Log p(x, component = k | parameters) for given parameter draws; what posterior averages are made of.
@@ -249,16 +271,6 @@ class GaussianMixture(nn.Module):
         k, d = self.num_components, self.num_features
         in_covariances = {"full": k * d * (d + 1) // 2, "tied": d * (d + 1) // 2, "diag": k * d, "spherical": k}
         return k - 1 + k * d + in_covariances[self.covariance]
-
-    @torch.no_grad()
-    def bic(self, x: Tensor) -> float:
-        """Bayesian information criterion, -2 log p(x) + p log n, nats of the whole data set; smaller is better."""
-        return -2 * self.log_prob(x).sum().item() + self.num_parameters * math.log(len(x))
-
-    @torch.no_grad()
-    def aic(self, x: Tensor) -> float:
-        """Akaike information criterion, -2 log p(x) + 2 p, nats of the whole data set; smaller is better."""
-        return -2 * self.log_prob(x).sum().item() + 2 * self.num_parameters
 
     # -------------------------------------------------------------------------------------------------- parameters
 
@@ -331,6 +343,19 @@ class GaussianMixture(nn.Module):
         """
         self.coordinates.set_natural(weights, locs, covariances)
         self.is_initialized.fill_(True)
+
+    def expectation_maximisation(self, data: Blocks, *, hard: bool = False) -> ExpectationMaximisation:
+        """The steps of EM for these data, or of K-means; `pyro_lvm.em` takes them."""
+        self._check_columns(next(iter(data)))
+        steps = MixtureEM(
+            data,
+            self.num_components,
+            self.covariance,
+            self.reg_covar if self.prior is None else 0.0,
+            self.prior,
+            lambda found: self.set_parameters(**found),
+        )
+        return KMeans(steps) if hard else steps
 
     def reset_parameters(self) -> None:
         """Forget everything; the next fit initialises again."""

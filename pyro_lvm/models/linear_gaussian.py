@@ -13,6 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyro_lvm.blocks import Blocks
+from pyro_lvm.exact import Parameters
+from pyro_lvm.missing import Missing, generator_for, has_missing
+from pyro_lvm.models.information_criteria import InformationCriteria
+from pyro_lvm.models.linear_gaussian_em import LinearGaussianEM, Moments
+from pyro_lvm.models.linear_gaussian_missing import impute_rows, observed_log_density, observed_posterior
+
 __all__ = ["LinearGaussianModel", "marginal_log_density", "posterior_given"]
 
 GuideCovariance = Literal["diag", "full"]
@@ -88,7 +95,7 @@ def _condition(residual: Tensor, whitened_loadings: Tensor) -> tuple[Tensor, Ten
     return precision_root, torch.cholesky_solve((residual @ whitened_loadings).mT, precision_root).mT
 
 
-class LinearGaussianModel(nn.Module):
+class LinearGaussianModel(InformationCriteria, nn.Module):
     r"""Parameters, guide and closed forms of a linear-Gaussian latent variable model, whatever its noise.
 
     The parameters live in standardised units: with :math:`x = \text{location} + \text{scale} \cdot u`, two buffers
@@ -201,19 +208,22 @@ class LinearGaussianModel(nn.Module):
             return
         x = self._as_rows(x).double()
         location = x.mean(0)
-        variance = (x - location).square().mean(0)
+        self._take_units(location, (x - location).square().mean(0), len(x))
+        self._start(torch.Generator().manual_seed(seed))
+
+    def _take_units(self, location: Tensor, variance: Tensor, num_rows: int) -> None:
+        """Measure from the mean of the data, in their standard deviations."""
         scale = (variance if self._noise_shape() else variance.mean()).sqrt()
         rounding = 1e-12 * (location.abs() if self._noise_shape() else location.abs().max())
         unusable = ~(scale > rounding)
         if unusable.any():
             where = f"columns {unusable.nonzero().flatten().tolist()} of x are" if self._noise_shape() else "x is"
             raise ValueError(
-                f"{where} constant over the {len(x)} rows (or not finite): the noise there would be zero and the "
+                f"{where} constant over the {num_rows} rows (or not finite): the noise there would be zero and the "
                 "density unbounded. Drop what is constant: x = x[:, x.std(0) > 0]"
             )
         self.location.copy_(location)
         self.scale.copy_(scale)
-        self._start(torch.Generator().manual_seed(seed))
         self.is_initialized.fill_(True)
 
     def _start(self, generator: torch.Generator) -> None:
@@ -251,6 +261,25 @@ class LinearGaussianModel(nn.Module):
         self._standard_guide_weight.copy_(weight * self.scale)
         raw_scale = _inverse_softplus(variance.sqrt())
         self._unconstrained_guide_scale.copy_(raw_scale if self.guide_covariance == "diag" else raw_scale.diag())
+
+    def expectation_maximisation(self, data: Blocks, *, hard: bool = False) -> LinearGaussianEM:
+        """The steps of EM for these data; `pyro_lvm.em` takes them."""
+        if hard:
+            raise ValueError(f"hard=True assigns rows to components, and {type(self).__name__} has none: drop it")
+        self._as_rows(next(iter(data)))
+        moments = Moments.of(data)
+        self._take_units(moments.mean, moments.variance, len(data))
+
+        def start(seed: int) -> Parameters:
+            self._start(torch.Generator().manual_seed(seed))
+            return {"loadings": self.loadings, "mean": self.mean, "noise_scale": self.noise_scale}
+
+        # just above the floor, which the parameters reach only at minus infinity
+        lowest = self.scale * (1 + 1e-3) * NOISE_FLOOR
+        one_noise = not self._noise_shape()
+        return LinearGaussianEM(
+            data, moments, self.latent_dim, one_noise, lowest, start, lambda found: self.set_parameters(**found)
+        )
 
     # The pieces of model and guide.
 
@@ -292,13 +321,29 @@ class LinearGaussianModel(nn.Module):
 
     # Closed forms.
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Exact log evidence of rows x (n, D): nats per datum, shape (n,). Keeps gradients."""
-        return marginal_log_density(self._as_rows(x).to(self.scale), self.loadings, self.mean, self.noise_scale)
+    def log_prob(self, x: Tensor, *, missing: Missing = None) -> Tensor:
+        """Exact log evidence of rows x (n, D): nats per datum, shape (n,). Keeps gradients.
 
-    def posterior(self, x: Tensor) -> dist.MultivariateNormal:
-        """Exact p(z given x) for rows x (n, D): batch shape (n,), event shape (L,). Keeps gradients."""
-        return posterior_given(self._as_rows(x).to(self.scale), self.loadings, self.mean, self.noise_scale)
+        NaN is an error, or integrated out with ``missing="marginalize"``.
+        """
+        x = self._as_rows(x).to(self.scale)
+        density = observed_log_density if has_missing(x, missing) else marginal_log_density
+        return density(x, self.loadings, self.mean, self.noise_scale)
+
+    def posterior(self, x: Tensor, *, missing: Missing = None) -> dist.MultivariateNormal:
+        """Exact p(z given x) for rows x (n, D): batch shape (n,), event shape (L,). Keeps gradients.
+
+        NaN is an error, or integrated out with ``missing="marginalize"``.
+        """
+        x = self._as_rows(x).to(self.scale)
+        given = observed_posterior if has_missing(x, missing) else posterior_given
+        return given(x, self.loadings, self.mean, self.noise_scale)
+
+    def impute(self, x: Tensor, num_draws: int = 100, seed: int | None = None) -> Tensor:
+        """Draws of what is NaN in x (n, D) from its exact conditional given the rest, shape (num_draws, n, D)."""
+        x = self._as_rows(x).to(self.scale)
+        generator = generator_for(seed, x.device)
+        return impute_rows(x, self.loadings, self.mean, self.noise_scale, num_draws, generator)
 
     @torch.no_grad()
     def principal_axes(self) -> Tensor:
@@ -329,19 +374,6 @@ class LinearGaussianModel(nn.Module):
         """Free parameters of the density: the L (L - 1) / 2 rotations of W, which it does not feel, are taken off."""
         loadings = self.num_features * self.latent_dim - self.latent_dim * (self.latent_dim - 1) // 2
         return loadings + self.num_features + math.prod(self._noise_shape())
-
-    @torch.no_grad()
-    def aic(self, x: Tensor) -> float:
-        """Akaike's criterion over all rows of x (n, D): -2 log-likelihood + 2 parameters, nats; smaller is better."""
-        return -2 * self.log_prob(x).sum().item() + 2 * self.num_parameters
-
-    @torch.no_grad()
-    def bic(self, x: Tensor) -> float:
-        """Bayesian criterion over all rows of x (n, D): -2 log-likelihood + parameters log n, nats; smaller is better.
-
-        mclust prints the negative.
-        """
-        return -2 * self.log_prob(x).sum().item() + self.num_parameters * math.log(len(x))
 
 
 def _independent_normal(loc: Tensor, scale: Tensor) -> dist.TorchDistribution:

@@ -31,8 +31,6 @@ __all__ = [
     "Covariance",
     "covariances_from_scale",
     "mixture_log_joint",
-    "mixture_log_prob",
-    "mixture_responsibilities",
 ]
 
 Covariance = Literal["full", "tied", "diag", "spherical"]
@@ -72,32 +70,14 @@ def mixture_log_joint(x: Tensor, weights: Tensor, locs: Tensor, scale: Tensor, c
         covariance: which row of that table.
 
     Returns:
-        Shape (..., n, K), nats per datum. A weight of exactly 0 gives -inf in its column.
-    """
-    return weights.log().unsqueeze(-2) + _component_log_density(x, locs, scale, covariance)
-
-
-def mixture_log_prob(x: Tensor, weights: Tensor, locs: Tensor, scale: Tensor, covariance: Covariance) -> Tensor:
-    r"""Evidence :math:`\log p(x_i)` with the label summed out; arguments as in :func:`mixture_log_joint`.
-
-    To average over S posterior draws: ``mixture_log_prob(...).logsumexp(0) - log(S)``.
-
-    Returns:
-        Shape (..., n), nats per datum.
+        Shape (..., n, K), nats per datum. A weight of exactly 0 gives -inf in its column. Its logsumexp over the last
+        axis is the evidence log p(x_i), its softmax Bayes' rule.
 
     Example:
         >>> import torch
         >>> weights, locs, scale = torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), torch.ones(2)
-        >>> round(mixture_log_prob(torch.zeros(1, 1), weights, locs, scale, "spherical").item(), 4)
+        >>> log_joint = mixture_log_joint(torch.zeros(1, 1), weights, locs, scale, "spherical")
+        >>> round(log_joint.logsumexp(-1).item(), 4)
         -1.4189
     """
-    return mixture_log_joint(x, weights, locs, scale, covariance).logsumexp(-1)
-
-
-def mixture_responsibilities(x: Tensor, weights: Tensor, locs: Tensor, scale: Tensor, covariance: Covariance) -> Tensor:
-    """Bayes' rule, p(k | x_i); arguments as in :func:`mixture_log_joint`.
-
-    Returns:
-        Shape (..., n, K); the last axis sums to one.
-    """
-    return mixture_log_joint(x, weights, locs, scale, covariance).softmax(-1)
+    return weights.log().unsqueeze(-2) + _component_log_density(x, locs, scale, covariance)

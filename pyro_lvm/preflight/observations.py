@@ -76,6 +76,8 @@ def check_support(bound: BoundProgram, structure: Structure, batch: Batch, rows:
         for part in [batch] if rows.loader is not None else rows.batches(max(batch_size, 1024)):
             value = part.tensors()[name]
             inside = torch.as_tensor(support.check(value))
+            if rows.missing:
+                inside = inside | value.isnan()
             if not bool(inside.all()) and not _inside_of_its_own(bound, site, part, value):
                 _refuse(site, name, value, inside, start)
             start += len(part)
