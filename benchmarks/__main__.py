@@ -42,13 +42,13 @@ def main() -> None:
 
 def comparisons() -> dict[str, Callable[..., Iterator[Any]]]:
     """The comparisons by name."""
-    from benchmarks import eight_schools, growth, mixture, ppca, semi_supervised, vae
+    from benchmarks import eight_schools, em, growth, mixture, ppca, semi_supervised, vae
 
-    modules = (vae, semi_supervised, mixture, ppca, eight_schools, growth)
+    modules = (vae, semi_supervised, mixture, ppca, eight_schools, em, growth)
     return {module.__name__.rpartition(".")[2]: module.comparisons for module in modules}
 
 
-NAMES = ("vae", "semi_supervised", "mixture", "ppca", "eight_schools", "growth", "memory")
+NAMES = ("vae", "semi_supervised", "mixture", "ppca", "eight_schools", "em", "growth", "memory")
 
 
 def _arguments() -> argparse.Namespace:

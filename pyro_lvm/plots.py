@@ -20,24 +20,28 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["graph", "image_grid", "interpolation", "latent", "loss", "mixture", "reconstructions", "samples"]
+__all__ = ["graph", "image_grid", "interpolation", "latent", "loss", "mixture", "reconstructions", "samples", "selection"]
 
 
 def loss(fit: Any) -> Figure:
     """The bound of every epoch, and beside it its parts.
 
     Left: the ELBO (and the validation ELBO), nats per datum. Right: reconstruction by observed site and KL by latent
-    site, nats per datum, on two axes. The first tenth of the epochs sets no limits: it would hide the rest.
+    site, nats per datum, on two axes. The first tenth of the epochs sets no limits: it would hide the rest. For EM
+    the right panel shows the KL that each E-step closed; for K-means the left one shows the inertia, and there is no
+    right one.
 
     Args:
         fit: a `Fit`.
 
     Returns:
-        A figure with two panels.
+        A figure with two panels, or one.
     """
+    history = fit.history
+    if "elbo" not in history:
+        return _inertia(history["loss"])
     figure = new_figure(10.0, 4.0)
     whole, parts = figure.subplots(1, 2)
-    history = fit.history
     epochs = range(1, len(history["elbo"]) + 1)
     shown = {"ELBO": history["elbo"], "validation ELBO": history.get("validation_elbo", [])}
     for label, values in shown.items():
@@ -46,6 +50,10 @@ def loss(fit: Any) -> Figure:
     _limit_to_later(whole, [values for values in shown.values() if values])
     whole.set(xlabel="epoch", ylabel="nats per datum", title="evidence lower bound")
     whole.legend()
+    if "kl_closed" in history:
+        whole.set(xlabel="iteration")
+        _plot_kl_closed(parts, history["kl_closed"])
+        return figure
     lines = _plot_named(parts, epochs, "reconstruction", history["reconstruction"], first_colour=0)
     parts.set(xlabel="epoch", ylabel="reconstruction, nats per datum", title="its parts")
     if history["kl"]:
@@ -54,6 +62,42 @@ def loss(fit: Any) -> Figure:
         beside.set_ylabel("KL, nats per datum")
     parts.legend(handles=lines)
     _limit_to_later(parts, list(history["reconstruction"].values()))
+    return figure
+
+
+def _inertia(values: Sequence[float]) -> Figure:
+    figure = new_figure(5.0, 4.0)
+    axes = figure.subplots()
+    axes.plot(range(1, len(values) + 1), values)
+    axes.set(xlabel="iteration", ylabel="squared units of the data", title="inertia")
+    return figure
+
+
+def _plot_kl_closed(axes: Axes, values: Sequence[float]) -> None:
+    """KL by iteration on a logarithmic axis, as far as it is more than rounding."""
+    shown = [(iteration, value) for iteration, value in enumerate(values, 1) if value > 1e-13]
+    axes.semilogy([iteration for iteration, _ in shown], [value for _, value in shown], marker=".")
+    axes.set(xlabel="iteration", ylabel="nats per datum", title="KL(q || p(z | x)) that the E-step closed")
+
+
+def selection(chosen: Any) -> Figure:
+    """Scores of candidates, the best on top, each with the standard error of its difference to the best.
+
+    Args:
+        chosen: a `Selection`.
+
+    Returns:
+        A figure with one line for each candidate, nats per datum.
+    """
+    candidates = list(reversed(chosen.candidates))
+    figure = new_figure(6.0, 1.0 + 0.4 * len(candidates))
+    axes = figure.subplots()
+    errors = [candidate.difference_standard_error for candidate in candidates]
+    names = [candidate.name for candidate in candidates]
+    axes.errorbar([c.difference for c in candidates], range(len(names)), xerr=errors, fmt="o", capsize=3)
+    axes.axvline(0.0, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="nats per datum below the best", title=f"by {chosen.criterion}")
     return figure
 
 
