@@ -16,7 +16,8 @@ class Posterior(Mapping[str, Tensor]):
 
     .. math:: z^{(s)} \sim q(z \mid x), \qquad k^{(s)} \sim p(k \mid x, z^{(s)})
 
-    Draws of a `Fit` are independent; those of `Chains` are not, and come from p(z | x) itself. Sites that enumeration summed out are drawn from their exact conditional, never from their prior.
+    Draws of a `Fit` are independent; those of `Chains` are not, and come from p(z | x) itself. Sites that enumeration
+    summed out are drawn from their exact conditional, never from their prior.
 
     A site that the guide enumerates is drawn from the guide. ``log_p - log_q`` is the log of a draw's importance
     weight; its mean over draws is the plain ELBO of the data set, in nats.

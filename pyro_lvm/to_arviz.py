@@ -88,7 +88,7 @@ def convergence(draws: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
         draws: by variable, shape (chains, draws, ...).
 
     Returns:
-        NaN where ArviZ knows none: R-hat of one chain, and of entries that never move.
+        NaN where ArviZ knows none, such as R-hat of one chain. A chain in which nothing moves has no effective draw.
     """
     import arviz
     import xarray
@@ -107,13 +107,14 @@ def convergence(draws: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
         with np.errstate(all="ignore"):
             rhat = np.asarray(arviz_of_any_age.rhat(moving)[name]) if dataset.sizes["chain"] > 1 else np.array(np.nan)
             ess = np.asarray(arviz_of_any_age.ess(moving, method="bulk")[name])
-        found[name] = (_of_finite(np.max, rhat), _of_finite(np.min, ess))
+        stuck = any(bool((chain == chain[0]).all()) for chain in draws[name])
+        found[name] = (_of_known(np.max, rhat), 0.0 if stuck else _of_known(np.min, ess))
     return found
 
 
-def _of_finite(reduce: Any, values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(reduce(finite)) if finite.size else float("nan")
+def _of_known(reduce: Any, values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(reduce(known)) if known.size else float("nan")
 
 
 def _variable(value: Tensor, dims: tuple[str, ...], chains: int | None) -> tuple[tuple[str, ...], np.ndarray]:

@@ -1,0 +1,98 @@
+"""Capture of a potential: its value and gradient, taken once through Pyro, become a graph of tensor operations.
+
+A chain evaluates the same potential hundreds of thousands of times, and nothing moves but the position: data and
+parameters are constants of the graph. It is compared with Pyro's at given positions before it is used, to the bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_lvm.declaration import raised_at
+
+__all__ = ["Position", "Potential", "capture_potential"]
+
+Position = Mapping[str, Tensor]
+"""Latent sites on their unconstrained scale."""
+
+Potential = Callable[[Position], Tensor]
+"""-log p(x, latents) on that scale, shape (); it keeps gradients."""
+
+_log = logging.getLogger("pyro_lvm")
+
+
+def capture_potential(potential: Potential, positions: Sequence[Position], name: str) -> tuple[Potential, str]:
+    """The potential as a graph, if that gives the same numbers; else ``potential`` itself.
+
+    Args:
+        potential: what Pyro evaluates.
+        positions: where both are compared, value and gradients to the bit; the first is where it is captured.
+        name: the program's, for the log.
+
+    Returns:
+        What to evaluate, and "graph" or the reason why it is not one.
+    """
+    names = tuple(positions[0])
+
+    def function(*values: Tensor) -> list[Tensor]:
+        energy, gradients = with_gradients(potential, dict(zip(names, values, strict=True)))
+        return [energy, *gradients.values()]
+
+    try:
+        graph = make_fx(function)(*positions[0].values())
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        captured = _in_one_step(graph.forward, names)
+        for position in positions:
+            right, found = with_gradients(potential, position), with_gradients(captured, position)
+            same = torch.equal(right[0], found[0]) and all(torch.equal(right[1][k], found[1][k]) for k in names)
+            if not same:
+                return potential, _said(name, "the graph gives another potential or other gradients than Pyro")
+    except Exception as error:  # whatever stands in the way of a graph, Pyro's own potential is at hand
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        if "value out of a tracing tensor" in text:
+            text = "a latent's value decides what happens next, or leaves the graph (.item(), if, bool)"
+        where = raised_at(error)
+        return potential, _said(name, text + (f", at {where}" if where else ""))
+    return captured, "graph"
+
+
+def with_gradients(potential: Potential, position: Position) -> tuple[Tensor, dict[str, Tensor]]:
+    """The potential at a position, and its gradients by site; both detached."""
+    free = {name: value.detach().requires_grad_() for name, value in position.items()}
+    energy = potential(free)
+    gradients = torch.autograd.grad(energy, list(free.values()))
+    return energy.detach(), dict(zip(free, gradients, strict=True))
+
+
+def _said(name: str, why: str) -> str:
+    _log.info("%s: potential not captured: %s", name, why)
+    return f"not captured: {why}"
+
+
+class _Known(torch.autograd.Function):
+    """A number whose gradients came with it."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: Callable[..., Any], *values: Tensor) -> Tensor:
+        energy, *gradients = graph(*values)
+        ctx.save_for_backward(*gradients)
+        return energy  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *of_energy: Any) -> Any:
+        return (None, *(gradient * of_energy[0] for gradient in ctx.saved_tensors))
+
+
+def _in_one_step(graph: Callable[..., Any], names: tuple[str, ...]) -> Potential:
+    def captured(position: Position) -> Tensor:
+        energy: Tensor = _Known.apply(graph, *(position[name] for name in names))
+        return energy
+
+    return captured
