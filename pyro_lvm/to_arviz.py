@@ -94,19 +94,17 @@ def convergence(draws: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
     import xarray
 
     arviz_of_any_age: Any = arviz
-    dataset = xarray.Dataset(
-        {
-            name: (("chain", "draw", *(f"{name}_dim_{i}" for i in range(value.dim() - 2))), value.cpu().numpy())
-            for name, value in draws.items()
-        }
-    )
     found = {}
     for name in draws:
+        entries = draws[name].detach().cpu().flatten(2) if draws[name].dim() > 2 else draws[name].cpu().unsqueeze(-1)
         # entries that never move, such as the zeros of a triangle, have no R-hat and are none of its business
-        moving = dataset[[name]].where(dataset[name].std(("chain", "draw")) > 0)
-        with np.errstate(all="ignore"):
-            rhat = np.asarray(arviz_of_any_age.rhat(moving)[name]) if dataset.sizes["chain"] > 1 else np.array(np.nan)
-            ess = np.asarray(arviz_of_any_age.ess(moving, method="bulk")[name])
+        moving = entries[..., (entries != entries[:1, :1]).any(0).any(0)].numpy()
+        dataset = xarray.Dataset({name: (("chain", "draw", "entry"), moving)})
+        rhat = ess = np.array([])
+        if moving.size:
+            with np.errstate(all="ignore"):
+                rhat = np.asarray(arviz_of_any_age.rhat(dataset)[name]) if len(moving) > 1 else rhat
+                ess = np.asarray(arviz_of_any_age.ess(dataset, method="bulk")[name])
         stuck = any(bool((chain == chain[0]).all()) for chain in draws[name])
         found[name] = (_of_known(np.max, rhat), 0.0 if stuck else _of_known(np.min, ess))
     return found

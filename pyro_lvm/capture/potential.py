@@ -46,8 +46,7 @@ def capture_potential(potential: Potential, positions: Sequence[Position], name:
 
     try:
         graph = make_fx(function)(*positions[0].values())
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
+        _fold(graph, list(positions[0].values()))
         captured = _in_one_step(graph.forward, names)
         for position in positions:
             right, found = with_gradients(potential, position), with_gradients(captured, position)
@@ -96,3 +95,49 @@ def _in_one_step(graph: Callable[..., Any], names: tuple[str, ...]) -> Potential
         return energy
 
     return captured
+
+
+def _fold(graph: torch.fx.GraphModule, example: list[Tensor]) -> None:
+    """Compute once what does not depend on the position, and leave out what only passes a tensor on."""
+    values = _Values(graph)
+    with torch.no_grad():
+        values.run(*example)
+    known: set[torch.fx.Node] = set()
+    for node in graph.graph.nodes:
+        inputs = node.all_input_nodes
+        if _writes(node) and set(inputs[:1]) <= known:
+            break  # what is written into must be made anew in every call
+        if node.op == "get_attr" or (node.op == "call_function" and (set(inputs) <= known or _of_shape_only(node))):
+            known.add(node)
+    else:
+        for number, node in enumerate([n for n in known if not set(n.users) <= known]):
+            setattr(graph, f"known_{number}", values.values[node])
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(graph.graph.get_attr(f"known_{number}"))
+        for node in list(graph.graph.nodes):
+            if node.op == "call_function" and node.target is torch.ops.aten.alias.default:
+                node.replace_all_uses_with(node.args[0])
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _of_shape_only(node: torch.fx.Node) -> bool:
+    name = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else ""
+    return name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+
+
+class _Values(torch.fx.Interpreter):
+    """Remembers what every node gave."""
+
+    def __init__(self, graph: torch.fx.GraphModule) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+        self.values: dict[torch.fx.Node, Any] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        self.values[n] = super().run_node(n)
+        return self.values[n]
