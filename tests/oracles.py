@@ -278,3 +278,17 @@ def normal_inverse_wishart_evidence(
     log_gamma = scipy.special.multigammaln(degrees_n / 2, d) - scipy.special.multigammaln(degrees / 2, d)
     log_dets = degrees * np.linalg.slogdet(psi)[1] - degrees_n * np.linalg.slogdet(psi_n)[1]
     return float(-n * d / 2 * np.log(np.pi) + log_gamma + 0.5 * log_dets + d / 2 * np.log(kappa / kappa_n))
+
+
+# ---------------------------------------------------------------------------------- Normal with mean and precision
+
+
+def normal_gamma_posterior(x, loc, weight, shape, rate):
+    """Posterior mean and variance of "loc" and "precision", whose prior is Normal-Gamma (Murphy 2007, section 3)."""
+    n = len(x)
+    weight_n, shape_n = weight + n, shape + n / 2
+    loc_n = (weight * loc + x.sum()) / weight_n
+    rate_n = rate + 0.5 * ((x - x.mean()) ** 2).sum() + 0.5 * weight * n * (x.mean() - loc) ** 2 / weight_n
+    of_loc = scipy.stats.t(2 * shape_n, loc_n, np.sqrt(rate_n / (shape_n * weight_n)))
+    of_precision = scipy.stats.gamma(shape_n, scale=1 / rate_n)
+    return {"loc": of_loc.stats("mv"), "precision": of_precision.stats("mv")}

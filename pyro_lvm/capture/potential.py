@@ -111,7 +111,7 @@ def _fold(graph: torch.fx.GraphModule, example: list[Tensor]) -> None:
             known.add(node)
     else:
         for number, node in enumerate([n for n in known if not set(n.users) <= known]):
-            setattr(graph, f"known_{number}", values.values[node])
+            graph.register_buffer(f"known_{number}", values.values[node])
             with graph.graph.inserting_before(node):
                 node.replace_all_uses_with(graph.graph.get_attr(f"known_{number}"))
         for node in list(graph.graph.nodes):

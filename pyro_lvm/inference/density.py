@@ -5,6 +5,7 @@ r"""The density that chains walk on: every continuous latent on its unconstraine
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,8 @@ def make_density(
 
     seen = Circumstances(batch, Recorder(), Recorder())
     try:
-        with torch.no_grad(), seen.model:
+        with torch.no_grad(), seen.model, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered", UserWarning)  # one draw of the prior may be anywhere
             # values of one trace without enumeration: a site below an enumerated one has one value, not one for each
             first = trace({site.name: site.value for site in sites})
             summed_out = bool(structure.enumerated_in_model)

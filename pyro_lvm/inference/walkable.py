@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -84,9 +85,10 @@ def make_walkable(program: Program, rows: Rows, cast: list[str], untouched: Unto
         check_support(bound, structure, batch, rows, len(rows))
         check_rows(bound, structure, batch, rows, None)
         density = make_density(bound, structure, batch, start)
-        positions = [density.start() for _ in range(2)]
-        check_density(density, bound, structure, batch, positions)
-        held = _held(bound, density, positions[0])
+        with pyro.validation_enabled(False):  # where a chain walks, values that are not finite are no error
+            positions = [density.start() for _ in range(2)]
+            check_density(density, bound, structure, batch, positions)
+            held = _held(bound, density, positions[0])
     bound.functions.meet = None
     return Walkable(bound, structure, density, positions, held)
 
