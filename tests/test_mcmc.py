@@ -81,7 +81,7 @@ def test_a_normal_with_unknown_mean_and_precision(conjugate):
 
 def test_the_dense_mass_matrix_draws_from_the_same_posterior():
     exact = normal_gamma_posterior(X.numpy(), loc=1.0, weight=0.5, shape=3.0, rate=2.0)
-    dense = lvm.mcmc(normal_gamma, X, num_draws=300, num_warmup=150, num_chains=1, full_mass=True, seed=2)
+    dense = tolerant(normal_gamma, X, num_draws=200, num_warmup=100, num_chains=1, full_mass=True)
     for site in ("loc", "precision"):
         assert within(dense.draws[site], exact[site][0])
 
@@ -96,7 +96,7 @@ def below_a_label(x, size=None):
 
 def test_a_latent_below_an_unmarked_label_has_one_value_for_each_datum():
     x = torch.tensor([0.1, 1.7, 1.9], dtype=torch.float64)
-    chains = lvm.mcmc(below_a_label, x, num_draws=300, num_warmup=100, num_chains=2, seed=0)
+    chains = tolerant(below_a_label, x, num_draws=300, num_warmup=100)
     assert chains.draws["z"].shape == (2, 300, 3)
     assert chains.info["summed_out"] == ["k"]
     one = dist.Normal(torch.tensor([0.0, 3.0]), math.sqrt(0.5)).log_prob(x.unsqueeze(-1)).exp()
@@ -211,7 +211,7 @@ SCHOOLS = (
 
 @pytest.fixture(scope="module")
 def of_schools():
-    return lvm.mcmc(schools, SCHOOLS, num_draws=450, num_warmup=200, num_chains=2, target_accept_prob=0.9, seed=0)
+    return lvm.mcmc(schools, SCHOOLS, num_draws=400, num_warmup=150, num_chains=2, target_accept_prob=0.9, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_eight_schools_are_those_of_the_reference(of_schools, reference):
 
 
 def test_mean_field_has_the_means_and_is_too_narrow(reference):
-    fit = lvm.fit(schools, SCHOOLS, steps=1500, lr=0.02, seed=0, capture="graph")
+    fit = lvm.fit(schools, SCHOOLS, steps=1000, lr=0.02, seed=0, capture="graph")
     draws = quantities(fit.posterior(SCHOOLS, num_draws=1000, seed=0))
     for name, values in draws.items():
         mean, sd = reference[name]["mean"], reference[name]["sd"]
@@ -253,11 +253,11 @@ def test_mean_field_has_the_means_and_is_too_narrow(reference):
 
 
 def test_divergences_are_counted_and_said():
-    message = r"not to be trusted yet: \d+ of 300 trajectories diverged.*'(mu|tau)'.*target_accept_prob=0\.95"
+    message = r"not to be trusted yet: \d+ of 160 trajectories diverged.*'(mu|tau|theta)'.*target_accept_prob=0\.95"
     with pytest.warns(lvm.ProgramWarning, match=message):
-        chains = lvm.mcmc(centred_schools, SCHOOLS, num_draws=150, num_warmup=20, num_chains=2, seed=3)
+        chains = lvm.mcmc(centred_schools, SCHOOLS, num_draws=80, num_warmup=20, num_chains=2, seed=3)
     diverging = chains.statistics["diverging"]
-    assert diverging.shape == (2, 150)
+    assert diverging.shape == (2, 80)
     assert diverging.dtype == torch.bool
     assert chains.info["divergences"] == diverging.sum(1).tolist()
     assert sum(chains.info["divergences"]) > 0
@@ -326,26 +326,26 @@ def test_the_statistics_are_those_of_the_draws(of_schools):
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
 def test_summary_and_loo_run_unmodified(of_schools):
-    data = of_schools.to_arviz(groups=("posterior", "log_likelihood"), num_draws=100, num_samples=50, seed=0)
+    data = of_schools.to_arviz(groups=("posterior", "log_likelihood"), num_draws=50, num_samples=20, seed=0)
     table = az.summary(data, var_names=["mu", "tau"])
     assert {"mean", "r_hat", "ess_bulk"} <= set(table.columns)
     result = az.loo(data)
     elpd = float(result["elpd_loo"] if OLD else result.elpd)
     assert math.isfinite(elpd)
-    assert elpd == pytest.approx(-31.0, abs=1.0)
-    through = of_schools.loo(num_draws=50, num_samples=20, seed=0)
+    assert elpd == pytest.approx(-31.0, abs=1.5)
+    through = of_schools.loo(num_draws=20, num_samples=10, seed=0)
     assert math.isfinite(float(through["elpd_loo"] if OLD else through.elpd))
     assert isinstance(data, az.InferenceData if OLD else xarray.DataTree)
 
 
 def test_log_likelihood_averages_over_what_belongs_to_one_datum(of_schools):
     """y_j given mu and tau is Normal(mu, tau^2 + sigma_j^2)."""
-    data = of_schools.to_arviz(groups=("posterior", "log_likelihood"), num_draws=10, num_samples=400, seed=0)
+    data = of_schools.to_arviz(groups=("posterior", "log_likelihood"), num_draws=5, num_samples=300, seed=0)
     mu, tau = (torch.tensor(data["posterior"][name].values).unsqueeze(-1) for name in ("mu", "tau"))
     y, sigma = SCHOOLS
     expected = dist.Normal(mu, (tau**2 + sigma**2).sqrt()).log_prob(y)
     assert data["log_likelihood"]["y"].values == pytest.approx(expected.numpy(), abs=0.5)
-    assert np.abs(data["log_likelihood"]["y"].values - expected.numpy()).mean() < 0.05
+    assert np.abs(data["log_likelihood"]["y"].values - expected.numpy()).mean() < 0.06
 
 
 def test_draws_belong_to_their_rows(of_schools, conjugate):
@@ -353,7 +353,7 @@ def test_draws_belong_to_their_rows(of_schools, conjugate):
     with pytest.raises(lvm.ProgramError, match=r"'t' .*value for each of the 8 rows.*leave x out, or run mcmc on them"):
         of_schools.posterior(other)
     same = of_schools.posterior(tuple(part.clone() for part in SCHOOLS), num_draws=5, seed=0)
-    assert torch.equal(same["t"], of_schools.draws["t"].flatten(0, 1)[[0, 180, 360, 540, 720]])
+    assert torch.equal(same["t"], of_schools.draws["t"].flatten(0, 1)[[0, 160, 320, 480, 640]])
     # what all data share serves other data
     elsewhere = conjugate.to_arviz(X[:4] + 1.0, ("posterior", "log_likelihood"), num_draws=5, seed=0)
     loc, precision = (torch.tensor(elsewhere["posterior"][n].values).unsqueeze(-1) for n in ("loc", "precision"))
@@ -659,7 +659,7 @@ def test_what_speaks_against_the_chains_is_said():
     diverged = {**calm, "divergences": [1, 2]}
     assert "3 of 100 trajectories diverged (site 'b' has the fewest" in doubt(diverged)
     assert doubt({**diverged, "target_accept_prob": 0.95}).endswith(
-        "Write what depends on 'b' non-centred, such as loc + scale * z with z ~ Normal(0, 1)"
+        "Write 'b' or what depends on it non-centred, such as loc + scale * z with z ~ Normal(0, 1)"
     )
 
 

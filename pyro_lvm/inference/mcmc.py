@@ -220,9 +220,9 @@ def _doubt(info: Mapping[str, Any]) -> str | None:
 
 def _edit(info: Mapping[str, Any], diverged: int, mixed_badly: bool, worst: str) -> str:
     if diverged and info["target_accept_prob"] < 0.95:
-        return "Pass target_accept_prob=0.95; if that does not help, write what depends on the site non-centred"
+        return "Pass target_accept_prob=0.95; if that does not help, write the site or what depends on it non-centred"
     if diverged:
-        return f"Write what depends on {worst!r} non-centred, such as loc + scale * z with z ~ Normal(0, 1)"
+        return f"Write {worst!r} or what depends on it non-centred, such as loc + scale * z with z ~ Normal(0, 1)"
     if mixed_badly:
         switched = (
             f" (or the values of {info['summed_out'][0]!r} have changed places between chains: give the program "
