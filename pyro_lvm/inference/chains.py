@@ -50,9 +50,9 @@ class Chains:
         ...     with pyro.plate("data", size or len(x), subsample=x):
         ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
         >>> x = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        >>> chains = lvm.mcmc(model, x, num_draws=100, num_warmup=100, num_chains=2, seed=0)
+        >>> chains = lvm.mcmc(model, x, num_draws=300, num_warmup=100, num_chains=2, seed=0)
         >>> chains.draws["loc"].shape, chains.posterior().num_draws, chains.info["divergences"]
-        (torch.Size([2, 100]), 200, [0, 0])
+        (torch.Size([2, 300]), 600, [0, 0])
     """
 
     program: Any
