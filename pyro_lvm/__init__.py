@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pyro_lvm import datasets, likelihoods, networks, plots, priors, testing
+from pyro_lvm import datasets, exact, likelihoods, networks, plots, priors, testing
 from pyro_lvm.criticism.compare import compare_elbos
 from pyro_lvm.criticism.evidence import log_evidence
 from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
+from pyro_lvm.inference.chains import Chains
 from pyro_lvm.inference.check import check
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.em import em
 from pyro_lvm.inference.fit import fit
+from pyro_lvm.inference.mcmc import mcmc
 from pyro_lvm.inference.record import Fit
 from pyro_lvm.models.factor_analysis import FactorAnalysis
 from pyro_lvm.models.gaussian_mixture import GaussianMixture
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PPCA",
     "VAE",
+    "Chains",
     "EarlyStopping",
     "FactorAnalysis",
     "Fit",
@@ -40,9 +43,11 @@ __all__ = [
     "compare_elbos",
     "datasets",
     "em",
+    "exact",
     "fit",
     "likelihoods",
     "log_evidence",
+    "mcmc",
     "networks",
     "plots",
     "priors",

@@ -12,6 +12,7 @@ from pyro.infer.autoguide import AutoGuide
 
 from pyro_lvm.data import Batch, Rows, as_rows
 from pyro_lvm.errors import ProgramError
+from pyro_lvm.guides import GivenDraws
 from pyro_lvm.parameters import BoundProgram, Snapshot, isolated
 from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import Program, as_program, floating_dtype
@@ -64,6 +65,20 @@ class Evaluation:
         batch = self.rows.whole()
         return batch, traced(self.bound.model, self.bound.guide, batch)
 
+    @property
+    def given(self) -> GivenDraws | None:
+        """The guide, where it says given draws again instead of making its own."""
+        guide = self.bound.program.guide
+        return guide if isinstance(guide, GivenDraws) else None
+
+    def numbers(self, num_draws: int) -> Iterator[int]:
+        """Count draws; a guide of given draws is moved to each."""
+        given = self.given
+        for number in range(num_draws):
+            if given is not None:
+                given.number = number
+            yield number
+
     @contextmanager
     def running(self, seed: int | None) -> Iterator[None]:
         """Evaluate with the snapshot, in eval mode, under a random state that leaves the process's alone."""
@@ -81,9 +96,9 @@ def batch_to_trace(program: Program, rows: Rows) -> int:
     """Rows enough to see a program's structure: a few where it can take part of them, else all.
 
     An autoguide sees all of them: it remembers how many rows its first call had, and draws rows of its own where
-    they were a part.
+    they were a part. Given draws have values for all rows.
     """
-    automatic = program.guide is None or isinstance(program.guide, AutoGuide)
+    automatic = program.guide is None or isinstance(program.guide, AutoGuide | GivenDraws)
     return min(len(rows), 256) if program.names("size") and not automatic else len(rows)
 
 

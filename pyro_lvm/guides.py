@@ -8,11 +8,13 @@ Every latent site is Normal on its unconstrained scale; sites that enumeration s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal, get_args
 
 import pyro
+import pyro.distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide import (
     AutoDelta,
@@ -27,9 +29,9 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 from pyro_lvm.errors import ProgramError
-from pyro_lvm.structure import Structure
+from pyro_lvm.structure import Site, Structure
 
-__all__ = ["GuideKind", "is_recipe", "make_guide"]
+__all__ = ["GivenDraws", "GuideKind", "is_recipe", "make_guide"]
 
 GuideKind = Literal["mean_field", "full_rank", "low_rank", "map"]
 """The guides that one word asks for."""
@@ -117,3 +119,37 @@ def _data_plate(name: str, dim: int, *_args: Any, index: Tensor, size: int | Non
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """The guide of a model in which nothing is left to approximate."""
+
+
+class GivenDraws:
+    """A guide that says draws again which were made elsewhere, one after the other; it has no density.
+
+    Attributes:
+        sites: the sites that it has.
+        draws: by site, shape (number of draws, *the site's value).
+        order: which of the draws, in which order.
+        number: the place in ``order`` of the draw that the next call gives.
+    """
+
+    def __init__(self) -> None:
+        self.sites: tuple[Site, ...] = ()
+        self.draws: Mapping[str, Tensor] = {}
+        self.order: Sequence[int] = (0,)
+        self.number = 0
+
+    def fill(self, sites: Sequence[Site], draws: Mapping[str, Tensor]) -> None:
+        """Take these draws of these sites."""
+        self.sites, self.draws = tuple(sites), draws
+        self.order, self.number = range(len(next(iter(draws.values())))), 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Sample every site, in the plates of its model."""
+        for site in self.sites:
+            value = self.draws[site.name][self.order[self.number]]
+            # hidden, the plates hold no rows that would be put into the model's
+            with ExitStack() as stack:
+                with poutine.block(hide=[plate.name for plate in site.plates]):
+                    plates = [pyro.plate(plate.name, plate.rows, dim=plate.dim) for plate in site.plates]
+                for plate in reversed(plates):
+                    stack.enter_context(plate)
+                pyro.sample(site.name, dist.Delta(value, event_dim=len(site.fn.event_shape)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -233,6 +235,13 @@ class BoundProgram:
             raise ProgramError(f"{program.name} has no guide: pass guide=..., or let fit build one")
         self.program = program
         self.guide = bind(program.guide, program.keywords["guide"], self.functions)
+
+    def with_guide(self, guide: Callable[..., Any]) -> BoundProgram:
+        """The same parameters, with a guide that has none."""
+        other = copy.copy(self)
+        other.program = replace(self.program, guide=guide)
+        other.guide = guide
+        return other
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["graph", "image_grid", "interpolation", "latent", "loss", "mixture", "reconstructions", "samples", "selection"]
+__all__ = [
+    "graph",
+    "image_grid",
+    "interpolation",
+    "latent",
+    "loss",
+    "mixture",
+    "reconstructions",
+    "samples",
+    "selection",
+]
 
 
 def loss(fit: Any) -> Figure:

@@ -12,11 +12,12 @@ __all__ = ["Posterior"]
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Posterior(Mapping[str, Tensor]):
-    r"""Independent draws from a fitted posterior; a mapping from site to tensor.
+    r"""Draws from a posterior; a mapping from site to tensor.
 
     .. math:: z^{(s)} \sim q(z \mid x), \qquad k^{(s)} \sim p(k \mid x, z^{(s)})
 
-    Sites that enumeration summed out are drawn from their exact conditional, never from their prior.
+    Draws of a `Fit` are independent; those of `Chains` are not, and come from p(z | x) itself. Sites that enumeration
+    summed out are drawn from their exact conditional, never from their prior.
 
     A site that the guide enumerates is drawn from the guide. ``log_p - log_q`` is the log of a draw's importance
     weight; its mean over draws is the plain ELBO of the data set, in nats.
@@ -25,7 +26,8 @@ class Posterior(Mapping[str, Tensor]):
         draws: by site, shape (num_draws, *plates, *event).
         dims: by site, names of the dims after the first: the plates, outermost first, then the event's.
         log_p: log p(x, draw), shape (num_draws,), nats of the data set passed.
-        log_q: log density of the draw under the posterior that made it, shape (num_draws,), same units.
+        log_q: log density of the draw under the posterior that made it, shape (num_draws,), same units; None for draws
+            of `Chains`, whose density is known up to a factor only.
 
     Example:
         >>> import torch, pyro_lvm as lvm
@@ -42,7 +44,7 @@ class Posterior(Mapping[str, Tensor]):
     draws: Mapping[str, Tensor]
     dims: Mapping[str, tuple[str, ...]]
     log_p: Tensor
-    log_q: Tensor
+    log_q: Tensor | None
 
     def __getitem__(self, site: str) -> Tensor:
         if site not in self.draws:

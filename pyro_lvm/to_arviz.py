@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Groups", "loo", "to_arviz"]
+__all__ = ["Groups", "convergence", "loo", "to_arviz"]
 
 WITHOUT_DRAWS = ("observed_data",)
 
@@ -22,18 +22,20 @@ class Groups:
         values: by group and variable; draws have shape (num_draws, ...), observed data their own.
         dims: by group and variable, names of the dims after the draws.
         attrs: facts about the whole, such as how it was made.
+        chains: by group, how many chains its draws are, one after the other; 1 where nothing is said.
     """
 
     values: Mapping[str, Mapping[str, Tensor]]
     dims: Mapping[str, Mapping[str, tuple[str, ...]]]
     attrs: Mapping[str, str | int | float] = field(default_factory=dict)
+    chains: Mapping[str, int] = field(default_factory=dict)
 
 
 def to_arviz(groups: Groups) -> Any:
     """Convert draws to what the installed ArviZ calls its data.
 
-    Draws become ``(chain=1, draw=S, ...)``. Draws of a variational fit are independent, so R-hat means nothing for
-    them; use ``az.summary(..., kind="stats")``.
+    Draws become ``(chain, draw, ...)``. Draws of a variational fit are independent and make one chain, so R-hat means
+    nothing for them; use ``az.summary(..., kind="stats")``.
 
     Returns:
         `arviz.InferenceData` under ArviZ 0.x, `xarray.DataTree` under 1.x.
@@ -53,9 +55,13 @@ def to_arviz(groups: Groups) -> Any:
             )
     datasets = {
         group: xarray.Dataset(
-            {name: _variable(group, value, groups.dims[group][name]) for name, value in variables.items()}
+            {
+                name: _variable(value, groups.dims[group][name], None if group in WITHOUT_DRAWS else chains)
+                for name, value in variables.items()
+            }
         )
         for group, variables in groups.values.items()
+        for chains in (groups.chains.get(group, 1),)
     }
     for group, dataset in datasets.items():
         datasets[group] = dataset.assign_coords({str(dim): np.arange(size) for dim, size in dataset.sizes.items()})
@@ -75,6 +81,42 @@ def loo(data: Any, **options: Any) -> Any:
     return arviz_of_any_age.loo(data, **options)
 
 
-def _variable(group: str, value: Tensor, dims: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
+def convergence(draws: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """By variable, the largest rank-normalised R-hat and the smallest bulk effective sample size of its entries.
+
+    Args:
+        draws: by variable, shape (chains, draws, ...).
+
+    Returns:
+        NaN where ArviZ knows none, such as R-hat of one chain. A chain in which nothing moves has no effective draw.
+    """
+    import arviz
+    import xarray
+
+    arviz_of_any_age: Any = arviz
+    found = {}
+    for name in draws:
+        entries = draws[name].detach().cpu().flatten(2) if draws[name].dim() > 2 else draws[name].cpu().unsqueeze(-1)
+        # entries that never move, such as the zeros of a triangle, have no R-hat and are none of its business
+        moving = entries[..., (entries != entries[:1, :1]).any(0).any(0)].numpy()
+        dataset = xarray.Dataset({name: (("chain", "draw", "entry"), moving)})
+        rhat = ess = np.array([])
+        if moving.size:
+            with np.errstate(all="ignore"):
+                rhat = np.asarray(arviz_of_any_age.rhat(dataset)[name]) if len(moving) > 1 else rhat
+                ess = np.asarray(arviz_of_any_age.ess(dataset, method="bulk")[name])
+        stuck = any(bool((chain == chain[0]).all()) for chain in draws[name])
+        found[name] = (_of_known(np.max, rhat), 0.0 if stuck else _of_known(np.min, ess))
+    return found
+
+
+def _of_known(reduce: Any, values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(reduce(known)) if known.size else float("nan")
+
+
+def _variable(value: Tensor, dims: tuple[str, ...], chains: int | None) -> tuple[tuple[str, ...], np.ndarray]:
     array: np.ndarray = value.detach().cpu().numpy()
-    return (dims, array) if group in WITHOUT_DRAWS else (("chain", "draw", *dims), array[None])
+    if chains is None:
+        return dims, array
+    return ("chain", "draw", *dims), array.reshape(chains, len(array) // chains, *array.shape[1:])

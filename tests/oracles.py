@@ -348,3 +348,17 @@ def lloyd(x: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, float]:
 
     found = KMeans(len(means), init=means, n_init=1, tol=0.0, max_iter=1000, algorithm="lloyd").fit(x)
     return found.cluster_centers_, float(found.inertia_)
+
+
+# ---------------------------------------------------------------------------------- Normal with mean and precision
+
+
+def normal_gamma_posterior(x, loc, weight, shape, rate):
+    """Posterior mean and variance of "loc" and "precision", whose prior is Normal-Gamma (Murphy 2007, section 3)."""
+    n = len(x)
+    weight_n, shape_n = weight + n, shape + n / 2
+    loc_n = (weight * loc + x.sum()) / weight_n
+    rate_n = rate + 0.5 * ((x - x.mean()) ** 2).sum() + 0.5 * weight * n * (x.mean() - loc) ** 2 / weight_n
+    of_loc = scipy.stats.t(2 * shape_n, loc_n, np.sqrt(rate_n / (shape_n * weight_n)))
+    of_precision = scipy.stats.gamma(shape_n, scale=1 / rate_n)
+    return {"loc": of_loc.stats("mv"), "precision": of_precision.stats("mv")}

@@ -214,6 +214,19 @@ def test_imputations_of_a_mixture_follow_its_responsibilities():
     assert torch.equal(mixture.impute(x, 3, seed=1), mixture.impute(x, 3, seed=1))
 
 
+def test_a_likelihood_that_is_a_normal_vector_imputes_from_its_conditional():
+    generator = np.random.default_rng(0)
+    factor = generator.normal(size=(3, 3))
+    mean, covariance = generator.normal(size=3), factor @ factor.T + np.eye(3)
+    row = np.array([0.7, np.nan, np.nan])
+    normal = dist.MultivariateNormal(torch.tensor(mean), torch.tensor(covariance)).expand([4000])
+    drawn = ObservedPart(normal).impute(torch.tensor(row).expand(4000, 3)).numpy()
+    right, spread = oracles.conditional_normal(row, mean, covariance)
+    assert (drawn[:, 0] == 0.7).all()
+    assert (np.abs(drawn[:, 1:].mean(0) - right) < 5 * np.sqrt(np.diag(spread) / 4000)).all()
+    np.testing.assert_allclose(np.cov(drawn[:, 1:].T), spread, atol=0.1 * np.diag(spread).max())
+
+
 # --- likelihoods of programs -------------------------------------------------------------------------------------
 
 

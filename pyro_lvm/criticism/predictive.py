@@ -78,7 +78,7 @@ def draw_posterior(
     observed = data_sites(structure) if predictive else []
     predicted: dict[str, list[Tensor]] = {site.name: [] for site in observed}
     log_p, log_q = [], []
-    for _ in range(num_draws):
+    for _ in evaluation.numbers(num_draws):
         trace, joint, density = _one_draw(evaluation, batch)
         for site in latent:
             columns[site.name].append(trace.nodes[site.name]["value"].reshape(site_shape(site)))
@@ -92,7 +92,7 @@ def draw_posterior(
         {name: torch.stack(values).cpu() for name, values in columns.items()},
         {site.name: site_dims(site) for site in latent},
         torch.stack(log_p).cpu(),
-        torch.stack(log_q).cpu(),
+        None if evaluation.given is not None else torch.stack(log_q).cpu(),
     )
     return posterior, {name: torch.stack(values).cpu() for name, values in predicted.items()}
 
@@ -182,7 +182,7 @@ def log_likelihood(evaluation: Evaluation, num_draws: int, num_samples: int) -> 
     batch = evaluation.rows.whole()
     sampled = any(site.inside(structure.data_plate) for site in sampled_sites(structure))
     values = []
-    for _ in range(num_draws):
+    for _ in evaluation.numbers(num_draws):
         shared = draw_latent(evaluation.bound, structure, batch)
         weights = [_local_weight(evaluation, batch, shared) for _ in range(num_samples if sampled else 1)]
         values.append(_log_mean(weights))
@@ -193,7 +193,7 @@ def log_likelihood(evaluation: Evaluation, num_draws: int, num_samples: int) -> 
 def log_predictive(evaluation: Evaluation, num_draws: int) -> Tensor:
     r"""Log of the mean over draws of p(x_i | theta), shape (n,), nats per datum."""
     batch, structure = evaluation.rows.whole(), evaluation.structure
-    draws = (draw_latent(evaluation.bound, structure, batch) for _ in range(num_draws))
+    draws = (draw_latent(evaluation.bound, structure, batch) for _ in evaluation.numbers(num_draws))
     if weighs_rows(structure):
         return _log_mean([local_log_weight(draw, structure.data_plate) for draw in draws]).cpu()
     return _log_mean([_local_weight(evaluation, batch, draw) for draw in draws]).cpu()
@@ -214,7 +214,7 @@ def mean_responsibilities(evaluation: Evaluation, num_draws: int) -> Mapping[str
     """p(k_i | x_i), averaged over draws of everything else, by enumerated site; shape (*plates, K), float64."""
     batch = evaluation.rows.whole()
     totals: dict[str, Tensor] = {}
-    for _ in range(num_draws):
+    for _ in evaluation.numbers(num_draws):
         draw = draw_latent(evaluation.bound, evaluation.structure, batch)
         for name, probabilities in enumerated_probabilities(draw).items():
             totals[name] = totals.get(name, 0.0) + probabilities.double().cpu() / num_draws

@@ -25,7 +25,7 @@ from pyro_lvm.preflight.trial import try_estimator
 from pyro_lvm.program import Program, as_program, floating_dtype, row_keywords
 from pyro_lvm.structure import Structure
 
-__all__ = ["Prepared", "Request", "placed", "prepare", "reset", "resolve"]
+__all__ = ["Prepared", "Request", "initialize", "place", "placed", "prepare", "reset", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,16 @@ def placed(
     """Send modules and rows to one device and one floating dtype, the data's; say what was cast."""
     tensors = [value for value in rows.first(1).tensors().values() if isinstance(value, Tensor)]
     dtype = floating_dtype(tensors)
-    place = torch.device(device) if device is not None else tensors[0].device if tensors else torch.device("cpu")
-    rows = replace(rows, dtype=dtype, device=place)
+    where = torch.device(device) if device is not None else tensors[0].device if tensors else torch.device("cpu")
+    rows = replace(rows, dtype=dtype, device=where)
     cast: list[str] = []
     for module in program.modules.values():
-        _place(module, rows, cast)
-    return rows, None if held_out is None else replace(held_out, dtype=dtype, device=place), cast
+        place(module, rows, cast)
+    return rows, None if held_out is None else replace(held_out, dtype=dtype, device=where), cast
 
 
-def _place(module: nn.Module, rows: Rows, cast: list[str]) -> None:
+def place(module: nn.Module, rows: Rows, cast: list[str]) -> None:
+    """Send one module to where the rows are, and note in ``cast`` what was cast."""
     before = floating_dtype(module.parameters())
     module.to(device=rows.device, dtype=rows.dtype)
     text = f"parameters {before} -> {rows.dtype}"
@@ -153,7 +154,7 @@ def prepare(request: Request, untouched: Untouched, cast: list[str]) -> Prepared
 
     def meet(module: nn.Module) -> None:
         untouched.remember(module)
-        _place(module, rows, cast)
+        place(module, rows, cast)
         if request.fresh:
             reset([module])
 
@@ -170,7 +171,7 @@ def prepare(request: Request, untouched: Untouched, cast: list[str]) -> Prepared
         _refuse_rows_unknown(request.held_out, len(rows), bound, structure)
         _check_held_out(request.held_out, bound, request.check)
     if program.guide is not None:
-        _initialize(program, rows, request.seed)
+        initialize(program, rows, request.seed)
     if not bound.trainable():
         raise ProgramError(
             f"{program.name} has no parameter to train: declare one with pyro.param, or pass the module that holds "
@@ -189,7 +190,7 @@ def _bind(request: Request, first: Batch, meet: Callable[[nn.Module], None]) -> 
         return bound, traced(bound.model, bound.guide, first)
     alone = BoundProgram(program.with_guide(lambda *args, **kwargs: None), None, rows.dtype, rows.device, meet)
     model_only = traced(alone.model, None, first)
-    _initialize(program, rows, request.seed)
+    initialize(program, rows, request.seed)
     start = program.hook("initial_values")
 
     def build(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -235,7 +236,8 @@ def _check_held_out(held_out: Rows, bound: BoundProgram, check: bool) -> None:
         raise ValueError(f"validation does not fit the program: {error}") from error
 
 
-def _initialize(program: Program, rows: Rows, seed: int) -> None:
+def initialize(program: Program, rows: Rows, seed: int) -> None:
+    """Call the program's `initialize` hook with all rows, if it has one."""
     hook = program.hook("initialize")
     if hook is not None:
         batch = rows.whole() if program.missing is None else program.missing.filled(rows.whole())

@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from pyro_lvm.criticism.evidence import estimate_evidence
-from pyro_lvm.criticism.predictive import (
-    data_sites,
-    draw_imputations,
-    draw_posterior,
-    draw_prior,
-    log_likelihood,
-    log_predictive,
-    mean_responsibilities,
-    site_dims,
-    site_shape,
-)
+from pyro_lvm.criticism.predictive import draw_imputations, draw_posterior, log_predictive, mean_responsibilities
 from pyro_lvm.criticism.weights import point_estimates
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
+from pyro_lvm.inference.export import GROUPS, Export, at_least_one, export, refuse_unknown
 from pyro_lvm.parameters import BoundProgram, Snapshot
 from pyro_lvm.posterior import Posterior
-from pyro_lvm.structure import Site, Structure
-from pyro_lvm.to_arviz import Groups, loo, to_arviz
+from pyro_lvm.structure import Structure
+from pyro_lvm.to_arviz import loo
 
 __all__ = ["Fit"]
-
-GROUPS = (
-    "posterior",
-    "posterior_predictive",
-    "prior",
-    "prior_predictive",
-    "log_likelihood",
-    "observed_data",
-    "sample_stats",
-)
 
 NO_LOO = (
     "the parameters are point estimates: there is no posterior over parameters, and leave-one-out "
@@ -104,7 +84,7 @@ class Fit:
         """
         evaluation = Evaluation.of(self, x)
         with evaluation.running(seed):
-            return draw_posterior(evaluation, _at_least_one(num_draws, "num_draws"))[0]
+            return draw_posterior(evaluation, at_least_one(num_draws, "num_draws"))[0]
 
     def log_prob(self, x: Any, num_samples: int = 1000, seed: int | None = None) -> Tensor:
         r"""Log p(x_i), averaged over the posterior of the parameters where there is one; shape (n,), nats per datum.
@@ -121,7 +101,7 @@ class Fit:
         Raises:
             ValueError: if ``num_samples < 1``.
         """
-        num_samples = _at_least_one(num_samples, "num_samples")
+        num_samples = at_least_one(num_samples, "num_samples")
         evaluation = Evaluation.of(self, x)
         with evaluation.running(seed):
             if evaluation.structure.global_latent:
@@ -170,7 +150,7 @@ class Fit:
             ProgramError: unless the program enumerates exactly one site in its model.
             ValueError: if ``num_samples < 1``.
         """
-        num_samples = _at_least_one(num_samples, "num_samples")
+        num_samples = at_least_one(num_samples, "num_samples")
         evaluation = Evaluation.of(self, x)
         sites = [site.name for site in evaluation.structure.enumerated_in_model]
         if len(sites) != 1:
@@ -215,34 +195,11 @@ class Fit:
             ValueError: if a group is not known, a number of draws is below 1, or the export would be larger than
                 ``max_bytes``.
         """
-        unknown = [group for group in groups if group not in GROUPS]
-        if unknown:
-            raise ValueError(f"groups {unknown} are not known: choose from {list(GROUPS)}")
-        _at_least_one(num_draws, "num_draws")
-        _at_least_one(num_samples, "num_samples")
+        refuse_unknown(groups)
+        at_least_one(num_draws, "num_draws")
+        at_least_one(num_samples, "num_samples")
         evaluation = Evaluation.of(self, x)
-        values: dict[str, Mapping[str, Tensor]] = {}
-        with evaluation.running(0):
-            _, structure = evaluation.whole()
-        _refuse_large(structure, len(evaluation.rows), num_draws, groups, max_bytes)
-        with evaluation.running(seed):
-            if {"posterior", "posterior_predictive", "sample_stats"} & set(groups):
-                posterior, predicted = draw_posterior(evaluation, num_draws, "posterior_predictive" in groups)
-                values["posterior"] = posterior.draws
-                values["posterior_predictive"] = predicted
-                values["sample_stats"] = {"lp": posterior.log_p, "lq": posterior.log_q}
-            if {"prior", "prior_predictive"} & set(groups):
-                values["prior"], values["prior_predictive"] = draw_prior(evaluation, num_draws)
-            if "log_likelihood" in groups and structure.data_plate is not None:
-                name = "+".join(site.name for site in data_sites(structure))
-                values["log_likelihood"] = {name: log_likelihood(evaluation, num_draws, num_samples)}
-        values["observed_data"] = {site.name: site.value for site in data_sites(structure)}
-        kept = {group: values[group] for group in groups if values.get(group)}
-        dims = {site.name: site_dims(site) for site in structure.model.values()}
-        named = {group: {name: dims.get(name, ()) for name in variables} for group, variables in kept.items()}
-        if "log_likelihood" in named:
-            named["log_likelihood"] = dict.fromkeys(named["log_likelihood"], (str(structure.data_plate),))
-        return to_arviz(Groups(kept, named, self._attributes(structure)))
+        return export(Export(evaluation, groups, num_draws, num_samples, seed, max_bytes, self._attributes))
 
     def loo(self, x: Any, num_draws: int = 1000, *, seed: int | None = None, **options: Any) -> Any:
         """ArviZ's PSIS leave-one-out cross-validation of the posterior over parameters.
@@ -279,32 +236,3 @@ def _has_parameter_posterior(structure: Structure) -> bool:
     """Whether all data share latents over which the guide spreads: a point (MAP) is no posterior."""
     points = point_estimates(structure)
     return any(site.name not in points for site in structure.global_latent)
-
-
-def _at_least_one(count: int, argument: str) -> int:
-    if count < 1:
-        raise ValueError(f"{argument} is {count}: ask for at least 1")
-    return count
-
-
-def _refuse_large(structure: Structure, rows: int, num_draws: int, groups: Sequence[str], max_bytes: int) -> None:
-    def size(sites: Iterable[Site]) -> int:
-        return num_draws * sum(math.prod(site_shape(site)) * site.value.element_size() for site in sites)
-
-    sizes = {
-        "posterior": size(structure.latent),
-        "prior": size(structure.latent),
-        "posterior_predictive": size(data_sites(structure)),
-        "prior_predictive": size(data_sites(structure)),
-        "log_likelihood": rows * 8 * (num_draws if structure.global_latent else 1),
-    }
-    wanted = {group: sizes.get(group, 0) for group in groups}
-    total = sum(wanted.values())
-    if total > max_bytes:
-        largest = max(wanted, key=lambda group: wanted[group])
-        raise ValueError(
-            f"the export would take {total / 1e9:.3g} GB ({num_draws} draws of {rows} rows; {largest} alone "
-            f"{wanted[largest] / 1e9:.3g} GB), more than max_bytes={max_bytes / 1e9:.3g} GB: pass fewer rows, "
-            f"num_draws={max(1, int(num_draws * max_bytes / total))}, groups=... without {largest!r}, or a larger "
-            "max_bytes"
-        )
