@@ -61,9 +61,8 @@ def test_rows_held_out_are_the_same_for_all_and_unseen():
 
 def test_leave_one_out_of_bayesian_mixtures():
     x = three_clusters(n=90)
-    chosen = lvm.select(
-        x, mixtures(prior=lvm.priors.weakly_informative(x, 3)), criterion="loo", num_samples=300, seed=0
-    )
+    candidates = mixtures(prior=lvm.priors.weakly_informative(x, 3))
+    chosen = lvm.select(x, candidates, criterion="loo", num_samples=300, seed=0)
     assert chosen.best.name in ("K=3", "K=4")
     assert chosen["K=1"].difference < -3 * chosen["K=1"].difference_standard_error
     assert chosen.best.standard_error > 0

@@ -126,7 +126,7 @@ class Fit:
         Raises:
             ProgramError: unless the fit was made with ``missing="marginalize"`` and one observed site has NaN.
         """
-        _at_least_one(num_draws, "num_draws")
+        at_least_one(num_draws, "num_draws")
         if self._bound.program.missing is None:
             raise ProgramError("this fit knows nothing of missing values: fit again with missing='marginalize'")
         evaluation = Evaluation.of(self, x)
