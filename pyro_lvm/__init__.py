@@ -7,6 +7,7 @@ from pyro_lvm.criticism.compare import compare_elbos
 from pyro_lvm.criticism.evidence import log_evidence
 from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
 from pyro_lvm.inference.check import check
+from pyro_lvm.inference.coordinate_ascent import coordinate_ascent
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.fit import fit
 from pyro_lvm.inference.record import Fit
@@ -37,6 +38,7 @@ __all__ = [
     "align_components",
     "check",
     "compare_elbos",
+    "coordinate_ascent",
     "datasets",
     "fit",
     "likelihoods",
