@@ -278,3 +278,99 @@ def normal_inverse_wishart_evidence(
     log_gamma = scipy.special.multigammaln(degrees_n / 2, d) - scipy.special.multigammaln(degrees / 2, d)
     log_dets = degrees * np.linalg.slogdet(psi)[1] - degrees_n * np.linalg.slogdet(psi_n)[1]
     return float(-n * d / 2 * np.log(np.pi) + log_gamma + 0.5 * log_dets + d / 2 * np.log(kappa / kappa_n))
+
+
+# --- coordinate ascent: the variational Gaussian mixture ----------------------------------------------------------
+
+
+def variational_mixture_bound(
+    x: np.ndarray,
+    responsibilities: np.ndarray,
+    q: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    prior: tuple[np.ndarray, np.ndarray, float, float, np.ndarray],
+) -> float:
+    """The bound of a mixture with full covariances, term by term as in Bishop (2006), equations 10.70 to 10.77.
+
+    ``q`` is alpha (K,), m (K, D), beta (K,), nu (K,) and the inverses of W (K, D, D); ``prior`` the same without K.
+    """
+    alpha, m, beta, nu, inverse_w = q
+    alpha0, m0, beta0, nu0, inverse_w0 = prior
+    k, d = m.shape
+    w = np.linalg.inv(inverse_w)
+    counts = responsibilities.sum(0)
+    log_pi = scipy.special.digamma(alpha) - scipy.special.digamma(alpha.sum())
+    halves = (nu[:, None] - np.arange(d)) / 2
+    log_lambda = scipy.special.digamma(halves).sum(1) + d * np.log(2) + np.linalg.slogdet(w)[1]
+
+    def log_b(inverse: np.ndarray, degrees: float) -> float:
+        half = degrees / 2
+        return float(half * np.linalg.slogdet(inverse)[1] - half * d * np.log(2) - scipy.special.multigammaln(half, d))
+
+    likelihood = prior_of_theta = entropy_of_theta = 0.0
+    for j in range(k):
+        deviation = x - m[j]
+        squares = np.einsum("nd,de,ne->n", deviation, w[j], deviation)
+        per_row = log_lambda[j] - d / beta[j] - nu[j] * squares - d * np.log(2 * np.pi)
+        likelihood += 0.5 * (responsibilities[:, j] * per_row).sum()
+        shift = m[j] - m0
+        prior_of_theta += 0.5 * (d * np.log(beta0 / (2 * np.pi)) + log_lambda[j] - d * beta0 / beta[j])
+        prior_of_theta -= 0.5 * beta0 * nu[j] * shift @ w[j] @ shift
+        prior_of_theta += log_b(inverse_w0, nu0) + 0.5 * (nu0 - d - 1) * log_lambda[j]
+        prior_of_theta -= 0.5 * nu[j] * np.trace(inverse_w0 @ w[j])
+        entropy_of_lambda = -log_b(inverse_w[j], nu[j]) - 0.5 * (nu[j] - d - 1) * log_lambda[j] + 0.5 * nu[j] * d
+        entropy_of_theta -= 0.5 * log_lambda[j] + 0.5 * d * np.log(beta[j] / (2 * np.pi)) - 0.5 * d - entropy_of_lambda
+    labels = counts @ log_pi - scipy.special.xlogy(responsibilities, responsibilities).sum()
+
+    def log_dirichlet(concentration: np.ndarray) -> float:
+        norm = scipy.special.gammaln(concentration.sum()) - scipy.special.gammaln(concentration).sum()
+        return float(norm + (concentration - 1) @ log_pi)
+
+    return float(likelihood + labels + log_dirichlet(alpha0) - log_dirichlet(alpha) + prior_of_theta + entropy_of_theta)
+
+
+def variational_mixture_scikit_learn(
+    x: np.ndarray,
+    responsibilities: np.ndarray,
+    rounds: int,
+    kind: str,
+    prior: tuple[float, np.ndarray, float, float, np.ndarray | float],
+) -> tuple[object, np.ndarray]:
+    """scikit-learn's variational mixture after ``rounds`` from responsibilities, and the last log responsibilities.
+
+    ``prior`` is the concentration, the mean, its precision, the degrees of freedom, and the scale matrix (full, tied),
+    its diagonal (diag) or one number (spherical).
+    """
+    from sklearn.mixture import BayesianGaussianMixture
+
+    concentration, mean, precision, degrees, scale = prior
+    mixture = BayesianGaussianMixture(
+        n_components=responsibilities.shape[1],
+        covariance_type=kind,
+        reg_covar=0,
+        weight_concentration_prior_type="dirichlet_distribution",
+        weight_concentration_prior=concentration,
+        mean_prior=mean,
+        mean_precision_prior=precision,
+        degrees_of_freedom_prior=degrees,
+        covariance_prior=scale,
+    )
+    mixture._check_parameters(x)
+    mixture._initialize(x, responsibilities)
+    for _ in range(rounds):
+        mixture._m_step(x, mixture._e_step(x)[1])
+    return mixture, mixture._e_step(x)[1]
+
+
+def normal_inverse_gamma_evidence(x: np.ndarray, mean: float, kappa: float, degrees: float, psi: float) -> float:
+    """Log p(x_1, ..., x_n) of one feature, x_i ~ N(m, s), m ~ N(mean, s / kappa), s ~ InverseGamma(degrees/2, psi/2).
+
+    One datum after the other, each from the Student t that the data before it predict.
+    """
+    total = 0.0
+    for value in x:
+        scale = np.sqrt(psi * (kappa + 1) / (degrees * kappa))
+        total += scipy.stats.t(degrees, mean, scale).logpdf(value)
+        psi += kappa / (kappa + 1) * (value - mean) ** 2
+        mean = (kappa * mean + value) / (kappa + 1)
+        kappa, degrees = kappa + 1, degrees + 1
+    return float(total)

@@ -139,7 +139,8 @@ class MixtureUpdates:
                 log_joint = expected_log_joint(block, factors)
                 normaliser = log_joint.logsumexp(-1, keepdim=True)
                 log_label = log_joint - normaliser
-                label = log_label.exp()
+                # next to nothing is nothing: products with denormal numbers take a processor many times as long
+                label = torch.where(log_label > -600, log_label.exp(), 0.0)
                 normalisers.append(normaliser.sum())
                 entropies.append((label * log_label).sum())
                 yield block, label
