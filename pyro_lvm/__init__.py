@@ -11,6 +11,7 @@ from pyro_lvm.inference.coordinate_ascent import coordinate_ascent
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.fit import fit
 from pyro_lvm.inference.record import Fit
+from pyro_lvm.models.bayesian_ppca import BayesianPPCA
 from pyro_lvm.models.factor_analysis import FactorAnalysis
 from pyro_lvm.models.gaussian_mixture import GaussianMixture
 from pyro_lvm.models.label_switching import align_components
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PPCA",
     "VAE",
+    "BayesianPPCA",
     "EarlyStopping",
     "FactorAnalysis",
     "Fit",

@@ -13,7 +13,15 @@ from typing import Any, ClassVar
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import Distribution, Transform, biject_to, constraints, transform_to
+from torch.distributions import (
+    Distribution,
+    Transform,
+    biject_to,
+    constraints,
+    kl_divergence,
+    register_kl,
+    transform_to,
+)
 from torch.distributions.transforms import AffineTransform
 
 __all__ = ["InUnits", "InverseWishartCholesky"]
@@ -162,6 +170,13 @@ class InUnits(TorchDistribution):
         """Density of the base distribution, in the units of the data."""
         log_density: Tensor = self.base_dist.log_prob(value)
         return log_density
+
+
+@register_kl(InUnits, InUnits)  # type: ignore[untyped-decorator]
+def _kl_in_units(p: InUnits, q: InUnits) -> Tensor:
+    """Units are a matter of the coordinates: the divergence is that of the distributions inside."""
+    divergence: Tensor = kl_divergence(p.base_dist, q.base_dist)
+    return divergence
 
 
 class InverseWishartCholesky(TorchDistribution):

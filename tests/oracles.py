@@ -374,3 +374,70 @@ def normal_inverse_gamma_evidence(x: np.ndarray, mean: float, kappa: float, degr
         mean = (kappa * mean + value) / (kappa + 1)
         kappa, degrees = kappa + 1, degrees + 1
     return float(total)
+
+
+# --- coordinate ascent: Bayesian PPCA ------------------------------------------------------------------------------
+
+
+def bayesian_ppca_rounds(
+    u: np.ndarray, loadings: np.ndarray, noise: float, rounds: int, shape: float, rate: float, beta: float
+) -> tuple[dict[str, np.ndarray], float]:
+    """Bishop's variational principal components (1999), row by row, from given loadings; q and its bound.
+
+    The start: loadings known up to noise / n, the mean at the data's, the noise variance as given, relevances at their
+    best. Rounds go through factors, mean, loadings, relevances, noise. The bound is E[log p] plus scipy's entropies.
+    """
+    (n, d), k = u.shape, loadings.shape[1]
+    w, w_cov, mu, mu_var = loadings, noise / n * np.eye(k), u.mean(0), 1 / (beta + n / noise)
+    gamma = scipy.stats.gamma
+    noise_shape, relevance_shape = shape + n * d / 2, shape + d / 2
+    noise_rate = noise_shape * noise
+
+    def factors() -> tuple[np.ndarray, np.ndarray]:
+        tau = noise_shape / noise_rate
+        cov = np.linalg.inv(np.eye(k) + tau * (w.T @ w + d * w_cov))
+        return np.stack([tau * cov @ w.T @ (row - mu) for row in u]), cov
+
+    def relevance_rates() -> np.ndarray:
+        return np.array([rate + 0.5 * (w[:, j] @ w[:, j] + d * w_cov[j, j]) for j in range(k)])
+
+    def residual(z: np.ndarray, z_cov: np.ndarray) -> float:
+        w_square = w.T @ w + d * w_cov
+        total = 0.0
+        for row, factor in zip(u, z, strict=True):
+            total += (row - mu) @ (row - mu) + d * mu_var - 2 * (row - mu) @ w @ factor
+            total += np.trace(w_square @ (np.outer(factor, factor) + z_cov))
+        return float(total)
+
+    relevance_rate = relevance_rates()
+    for _ in range(rounds):
+        tau, alpha = noise_shape / noise_rate, relevance_shape / relevance_rate
+        z, z_cov = factors()
+        mu_var = 1 / (beta + n * tau)
+        mu = mu_var * tau * (u - z @ w.T).sum(0)
+        w_cov = np.linalg.inv(np.diag(alpha) + tau * (n * z_cov + z.T @ z))
+        w = np.stack([tau * w_cov @ (z * (u[:, [j]] - mu[j])).sum(0) for j in range(d)])
+        relevance_rate = relevance_rates()
+        noise_rate = rate + 0.5 * residual(z, z_cov)
+    z, z_cov = factors()
+    tau, alpha = noise_shape / noise_rate, relevance_shape / relevance_rate
+    log_tau = scipy.special.digamma(noise_shape) - np.log(noise_rate)
+    log_alpha = scipy.special.digamma(relevance_shape) - np.log(relevance_rate)
+
+    def log_gamma(mean: np.ndarray, log_mean: np.ndarray) -> float:
+        return float(np.sum(shape * np.log(rate) - scipy.special.gammaln(shape) + (shape - 1) * log_mean - rate * mean))
+
+    log2pi = np.log(2 * np.pi)
+    bound = 0.5 * n * d * (log_tau - log2pi) - 0.5 * tau * residual(z, z_cov)
+    bound += -0.5 * (n * k * log2pi + (z**2).sum() + n * np.trace(z_cov))
+    bound += 0.5 * d * (log_alpha.sum() - k * log2pi) - 0.5 * (alpha * np.diag(w.T @ w + d * w_cov)).sum()
+    bound += 0.5 * d * np.log(beta / (2 * np.pi)) - 0.5 * beta * (mu @ mu + d * mu_var)
+    bound += log_gamma(alpha, log_alpha) + log_gamma(np.array(tau), np.array(log_tau))
+    bound += n * scipy.stats.multivariate_normal(np.zeros(k), z_cov).entropy()
+    bound += d * scipy.stats.multivariate_normal(np.zeros(k), w_cov).entropy()
+    bound += d * scipy.stats.norm(0, np.sqrt(mu_var)).entropy()
+    bound += gamma(relevance_shape, scale=1 / relevance_rate).entropy().sum()
+    bound += gamma(noise_shape, scale=1 / noise_rate).entropy()
+    q = {"loadings": w, "loadings_covariance": w_cov, "mean": mu, "mean_scale": np.sqrt(mu_var)}
+    q |= {"relevance_rate": relevance_rate, "precision_rate": np.array(noise_rate)}
+    return q, float(bound)
