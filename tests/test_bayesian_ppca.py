@@ -162,6 +162,11 @@ def test_the_model_draws_and_its_particles_vectorise():
     assert losses[True] == pytest.approx(losses[False], abs=0.05)
 
 
+@pytest.mark.parametrize("guide", [None, "mean_field"])
+def test_it_obeys_the_laws_of_programs(guide):
+    lvm.testing.check_program(lvm.BayesianPPCA(4, 2, shape=1.0, rate=1.0).double(), of_rank(n=30), guide=guide)
+
+
 def test_it_starts_at_the_principal_axes_goes_on_and_forgets():
     x = of_rank()
     ppca = lvm.BayesianPPCA(4, 2).double()

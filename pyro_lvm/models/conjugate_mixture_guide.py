@@ -54,6 +54,8 @@ class ConjugateMixtureGuide(nn.Module):
         start: gives a mixture to start from; `initialize` asks it.
     """
 
+    is_initialized: Tensor
+
     def __init__(self, prior: ConjugateFactors, start: Start) -> None:
         super().__init__()
         self.covariance = prior.covariance
@@ -70,8 +72,6 @@ class ConjugateMixtureGuide(nn.Module):
         self.to(prior.mean.dtype)
         self.set_factors(prior)
         self.is_initialized.fill_(False)
-
-    is_initialized: Tensor
 
     def forward(self, x: Tensor | None = None, size: int | None = None) -> None:
         """Draw the parameters, then every label; arguments as those of the model."""
