@@ -151,12 +151,12 @@ def test_the_bound_is_the_programs_own_by_brute_force(kind):
     evaluation = Evaluation.of(fit, x)
     estimator, batch = plain_estimator(evaluation.structure), evaluation.rows.whole()
     with evaluation.running(0):
-        draws = [estimator.evaluate(evaluation.bound, batch)[1] for _ in range(200)]
+        draws = [estimator.evaluate(evaluation.bound, batch)[1] for _ in range(100)]
 
     def agree(expected: float, values: list[torch.Tensor]) -> None:
         brute = torch.stack(values) / 45
-        error = brute.std().item() / 200**0.5
-        assert error < 0.03
+        error = brute.std().item() / 10
+        assert error < 0.04
         assert abs(brute.mean().item() - expected) < 4 * error + 1e-10
 
     agree(fit.elbo, [terms.elbo for terms in draws])
@@ -238,7 +238,7 @@ def test_gradients_in_the_same_family_climb_to_the_same_bound(kind, faithful):
     start = gmm.coordinate_updates().start(as_rows(x), 0, init, False)
     guide.set_factors(start.factors)
     gmm.initialize(x, seed=0)
-    fit = lvm.fit(gmm, x, guide=guide, steps=700, seed=1, progress=False)
+    fit = lvm.fit(gmm, x, guide=guide, steps=350, seed=1, progress=False)
     assert ascent.history["elbo"][0] > sum(fit.history["elbo"][:5]) / 5 - 1e-3  # the ascent's first round is behind it
     assert abs(fit.elbo - ascent.elbo) < 0.01 + 4 * fit.info["elbo_se"]
     assert fit.elbo < ascent.elbo + 4 * fit.info["elbo_se"]
@@ -279,12 +279,12 @@ def test_every_method_of_the_fit_works(kind, faithful):
     error = draws["weights"].std(0) / 20
     assert ((draws["weights"].mean(0) - expected_weights).abs() < 4.5 * error).all()
     assert draws["component"].shape == (400, 30)
-    responsibilities = fit.responsibilities(few, 200, seed=0)
+    responsibilities = fit.responsibilities(few, 100, seed=0)
     assert responsibilities.shape == (30, 2)
     close(responsibilities.sum(-1), 1.0)
     frequencies = torch.stack([(draws["component"] == k).double().mean(0) for k in range(2)], -1)
     assert (frequencies - responsibilities).abs().max() < 0.15  # mean field beside the average of Bayes' rule
-    assert fit.log_prob(faithful, 200, seed=0).mean() > fit.elbo
+    assert fit.log_prob(faithful, 50, seed=0).mean() > fit.elbo
     exported = fit.to_arviz(few, 20, seed=0)
     assert exported.posterior["locs"].shape == (1, 20, 2, 2)
     assert exported.log_likelihood["x"].shape == (1, 20, 30)
