@@ -10,7 +10,7 @@ import pyro_lvm as lvm
 
 
 def main(epochs: int = 1000, out: str | None = None) -> dict[str, float]:
-    """Nats per datum of EM and of SVI from the same three rows, of K-means, and of EM with a fifth of values missing."""
+    """Nats per datum: EM and SVI from the same three rows, K-means, and EM with a fifth of the values missing."""
     x = lvm.datasets.make_gaussian_mixture(600, num_components=3, num_features=2, seed=1).x.double()
     start = {
         "weights": torch.full((3,), 1 / 3, dtype=torch.float64),

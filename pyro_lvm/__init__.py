@@ -8,11 +8,13 @@ from pyro_lvm.criticism.evidence import log_evidence
 from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
 from pyro_lvm.inference.chains import Chains
 from pyro_lvm.inference.check import check
+from pyro_lvm.inference.coordinate_ascent import coordinate_ascent
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.em import em
 from pyro_lvm.inference.fit import fit
 from pyro_lvm.inference.mcmc import mcmc
 from pyro_lvm.inference.record import Fit
+from pyro_lvm.models.bayesian_ppca import BayesianPPCA
 from pyro_lvm.models.factor_analysis import FactorAnalysis
 from pyro_lvm.models.gaussian_mixture import GaussianMixture
 from pyro_lvm.models.label_switching import align_components
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PPCA",
     "VAE",
+    "BayesianPPCA",
     "Chains",
     "EarlyStopping",
     "FactorAnalysis",
@@ -41,6 +44,7 @@ __all__ = [
     "align_components",
     "check",
     "compare_elbos",
+    "coordinate_ascent",
     "datasets",
     "em",
     "exact",

@@ -13,7 +13,15 @@ from typing import Any, ClassVar
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import Distribution, Transform, biject_to, constraints, transform_to
+from torch.distributions import (
+    Distribution,
+    Transform,
+    biject_to,
+    constraints,
+    kl_divergence,
+    register_kl,
+    transform_to,
+)
 from torch.distributions.transforms import AffineTransform
 
 __all__ = ["InUnits", "InverseWishartCholesky"]
@@ -78,11 +86,12 @@ class _VectorToCholesky(Transform):
     __hash__ = None  # type: ignore[assignment]
 
     def _below(self) -> tuple[Tensor, Tensor]:
-        rows, columns = torch.tril_indices(len(self.unit), len(self.unit), offset=-1, device=self.unit.device)
+        num_features = self.unit.shape[-1]
+        rows, columns = torch.tril_indices(num_features, num_features, offset=-1, device=self.unit.device)
         return rows, columns
 
     def _call(self, x: Tensor) -> Tensor:
-        num_features = len(self.unit)
+        num_features = self.unit.shape[-1]
         rows, columns = self._below()
         diagonal = x[..., :num_features].exp()
         matrix = torch.diag_embed(torch.ones_like(diagonal))
@@ -96,11 +105,12 @@ class _VectorToCholesky(Transform):
         return torch.cat([diagonal.log(), (matrix / diagonal.unsqueeze(-2))[..., rows, columns]], -1)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        in_row = torch.arange(1, len(self.unit) + 1, device=x.device)
-        return (in_row.flip(0) * x[..., : len(self.unit)]).sum(-1) + (in_row * self.unit.log()).sum()
+        num_features = self.unit.shape[-1]
+        in_row = torch.arange(1, num_features + 1, device=x.device)
+        return (in_row.flip(0) * x[..., :num_features]).sum(-1) + (in_row * self.unit.log()).sum(-1)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        return torch.Size([*shape[:-1], len(self.unit), len(self.unit)])
+        return torch.Size([*shape[:-1], self.unit.shape[-1], self.unit.shape[-1]])
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         return torch.Size([*shape[:-2], shape[-1] * (shape[-1] + 1) // 2])
@@ -162,6 +172,13 @@ class InUnits(TorchDistribution):
         return log_density
 
 
+@register_kl(InUnits, InUnits)  # type: ignore[untyped-decorator]
+def _kl_in_units(p: InUnits, q: InUnits) -> Tensor:
+    """Units are a matter of the coordinates: the divergence is that of the distributions inside."""
+    divergence: Tensor = kl_divergence(p.base_dist, q.base_dist)
+    return divergence
+
+
 class InverseWishartCholesky(TorchDistribution):
     r"""The Cholesky factor of an inverse-Wishart covariance.
 
@@ -174,8 +191,9 @@ class InverseWishartCholesky(TorchDistribution):
     :math:`\Psi / (\nu - D - 1)` where :math:`\nu > D + 1`.
 
     Args:
-        degrees_of_freedom: nu > D - 1.
-        scale_tril: Cholesky factor of Psi, shape (D, D).
+        degrees_of_freedom: nu > D - 1, shape () or (...).
+        scale_tril: Cholesky factor of Psi, shape (..., D, D); its batch shape and that of nu are broadcast.
+        batch_shape: a larger batch shape, as :meth:`expand` gives; default: what the two arguments say.
 
     Example:
         >>> import torch
@@ -194,16 +212,18 @@ class InverseWishartCholesky(TorchDistribution):
         self,
         degrees_of_freedom: Tensor,
         scale_tril: Tensor,
-        batch_shape: torch.Size = _ONE,
+        batch_shape: torch.Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.degrees_of_freedom, self.scale_tril = degrees_of_freedom, scale_tril
-        super().__init__(batch_shape, scale_tril.shape, validate_args=validate_args)
+        if batch_shape is None:
+            batch_shape = torch.broadcast_shapes(degrees_of_freedom.shape, scale_tril.shape[:-2])
+        super().__init__(batch_shape, scale_tril.shape[-2:], validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=False, event_dim=2)
     def support(self) -> constraints.Constraint:
         """Cholesky factors, row i in units of the prior's standard deviation of feature i."""
-        return _ScaledCholesky((self.scale_tril.square().sum(-1) / self.degrees_of_freedom).sqrt())
+        return _ScaledCholesky((self.scale_tril.square().sum(-1) / self.degrees_of_freedom.unsqueeze(-1)).sqrt())
 
     def expand(self, batch_shape: _Shape, _instance: Any = None) -> InverseWishartCholesky:
         """Expand the batch shape."""
@@ -212,12 +232,13 @@ class InverseWishartCholesky(TorchDistribution):
     def rsample(self, sample_shape: _Shape = _ONE) -> Tensor:
         """Reparameterised draws, shape sample_shape + batch_shape + (D, D)."""
         psi = self.scale_tril
-        num_features = len(psi)
+        num_features = psi.shape[-1]
         shape = self._extended_shape(torch.Size(sample_shape))
         # The precision is Wishart; Bartlett's factor is taken with its features in reverse order, so that its inverse
         # transpose is lower triangular and the product with that of Psi needs no further decomposition.
-        degrees = self.degrees_of_freedom - num_features + torch.arange(1, num_features + 1, device=psi.device)
-        diagonal = torch.distributions.Chi2(degrees.to(psi.dtype)).rsample(shape[:-2]).sqrt()
+        spare = self.degrees_of_freedom.unsqueeze(-1) - num_features
+        degrees = (spare + torch.arange(1, num_features + 1, device=psi.device)).to(psi.dtype).expand(shape[:-1])
+        diagonal = torch.distributions.Chi2(degrees).rsample().sqrt()
         below = torch.randn(shape, dtype=psi.dtype, device=psi.device).tril(-1)
         factor = below + diagonal.diag_embed()
         drawn: Tensor = torch.linalg.solve_triangular(factor, psi.expand(shape), upper=False, left=False)
@@ -232,7 +253,7 @@ class InverseWishartCholesky(TorchDistribution):
         log_diagonal = value.diagonal(dim1=-2, dim2=-1).log()
         whitened = torch.linalg.solve_triangular(value, self.scale_tril.expand(value.shape), upper=False)
         trace, log_det = whitened.square().sum((-2, -1)), 2 * log_diagonal.sum(-1)
-        log_det_psi = 2 * self.scale_tril.diagonal().log().sum()
+        log_det_psi = 2 * self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         normaliser = 0.5 * nu * (log_det_psi - num_features * log2) - torch.special.multigammaln(0.5 * nu, num_features)
         powers = torch.arange(num_features, 0, -1, device=value.device)
         log_jacobian = num_features * log2 + (powers * log_diagonal).sum(-1)

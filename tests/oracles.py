@@ -362,3 +362,166 @@ def normal_gamma_posterior(x, loc, weight, shape, rate):
     of_loc = scipy.stats.t(2 * shape_n, loc_n, np.sqrt(rate_n / (shape_n * weight_n)))
     of_precision = scipy.stats.gamma(shape_n, scale=1 / rate_n)
     return {"loc": of_loc.stats("mv"), "precision": of_precision.stats("mv")}
+
+
+# --- coordinate ascent: the variational Gaussian mixture ----------------------------------------------------------
+
+
+def variational_mixture_bound(
+    x: np.ndarray,
+    responsibilities: np.ndarray,
+    q: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    prior: tuple[np.ndarray, np.ndarray, float, float, np.ndarray],
+) -> float:
+    """The bound of a mixture with full covariances, term by term as in Bishop (2006), equations 10.70 to 10.77.
+
+    ``q`` is alpha (K,), m (K, D), beta (K,), nu (K,) and the inverses of W (K, D, D); ``prior`` the same without K.
+    """
+    alpha, m, beta, nu, inverse_w = q
+    alpha0, m0, beta0, nu0, inverse_w0 = prior
+    k, d = m.shape
+    w = np.linalg.inv(inverse_w)
+    counts = responsibilities.sum(0)
+    log_pi = scipy.special.digamma(alpha) - scipy.special.digamma(alpha.sum())
+    halves = (nu[:, None] - np.arange(d)) / 2
+    log_lambda = scipy.special.digamma(halves).sum(1) + d * np.log(2) + np.linalg.slogdet(w)[1]
+
+    def log_b(inverse: np.ndarray, degrees: float) -> float:
+        half = degrees / 2
+        return float(half * np.linalg.slogdet(inverse)[1] - half * d * np.log(2) - scipy.special.multigammaln(half, d))
+
+    likelihood = prior_of_theta = entropy_of_theta = 0.0
+    for j in range(k):
+        deviation = x - m[j]
+        squares = np.einsum("nd,de,ne->n", deviation, w[j], deviation)
+        per_row = log_lambda[j] - d / beta[j] - nu[j] * squares - d * np.log(2 * np.pi)
+        likelihood += 0.5 * (responsibilities[:, j] * per_row).sum()
+        shift = m[j] - m0
+        prior_of_theta += 0.5 * (d * np.log(beta0 / (2 * np.pi)) + log_lambda[j] - d * beta0 / beta[j])
+        prior_of_theta -= 0.5 * beta0 * nu[j] * shift @ w[j] @ shift
+        prior_of_theta += log_b(inverse_w0, nu0) + 0.5 * (nu0 - d - 1) * log_lambda[j]
+        prior_of_theta -= 0.5 * nu[j] * np.trace(inverse_w0 @ w[j])
+        entropy_of_lambda = -log_b(inverse_w[j], nu[j]) - 0.5 * (nu[j] - d - 1) * log_lambda[j] + 0.5 * nu[j] * d
+        entropy_of_theta -= 0.5 * log_lambda[j] + 0.5 * d * np.log(beta[j] / (2 * np.pi)) - 0.5 * d - entropy_of_lambda
+    labels = counts @ log_pi - scipy.special.xlogy(responsibilities, responsibilities).sum()
+
+    def log_dirichlet(concentration: np.ndarray) -> float:
+        norm = scipy.special.gammaln(concentration.sum()) - scipy.special.gammaln(concentration).sum()
+        return float(norm + (concentration - 1) @ log_pi)
+
+    return float(likelihood + labels + log_dirichlet(alpha0) - log_dirichlet(alpha) + prior_of_theta + entropy_of_theta)
+
+
+def variational_mixture_scikit_learn(
+    x: np.ndarray,
+    responsibilities: np.ndarray,
+    rounds: int,
+    kind: str,
+    prior: tuple[float, np.ndarray, float, float, np.ndarray | float],
+) -> tuple[object, np.ndarray]:
+    """scikit-learn's variational mixture after ``rounds`` from responsibilities, and the last log responsibilities.
+
+    ``prior`` is the concentration, the mean, its precision, the degrees of freedom, and the scale matrix (full, tied),
+    its diagonal (diag) or one number (spherical).
+    """
+    from sklearn.mixture import BayesianGaussianMixture
+
+    concentration, mean, precision, degrees, scale = prior
+    mixture = BayesianGaussianMixture(
+        n_components=responsibilities.shape[1],
+        covariance_type=kind,
+        reg_covar=0,
+        weight_concentration_prior_type="dirichlet_distribution",
+        weight_concentration_prior=concentration,
+        mean_prior=mean,
+        mean_precision_prior=precision,
+        degrees_of_freedom_prior=degrees,
+        covariance_prior=scale,
+    )
+    mixture._check_parameters(x)
+    mixture._initialize(x, responsibilities)
+    for _ in range(rounds):
+        mixture._m_step(x, mixture._e_step(x)[1])
+    return mixture, mixture._e_step(x)[1]
+
+
+def normal_inverse_gamma_evidence(x: np.ndarray, mean: float, kappa: float, degrees: float, psi: float) -> float:
+    """Log p(x_1, ..., x_n) of one feature, x_i ~ N(m, s), m ~ N(mean, s / kappa), s ~ InverseGamma(degrees/2, psi/2).
+
+    One datum after the other, each from the Student t that the data before it predict.
+    """
+    total = 0.0
+    for value in x:
+        scale = np.sqrt(psi * (kappa + 1) / (degrees * kappa))
+        total += scipy.stats.t(degrees, mean, scale).logpdf(value)
+        psi += kappa / (kappa + 1) * (value - mean) ** 2
+        mean = (kappa * mean + value) / (kappa + 1)
+        kappa, degrees = kappa + 1, degrees + 1
+    return float(total)
+
+
+# --- coordinate ascent: Bayesian PPCA ------------------------------------------------------------------------------
+
+
+def bayesian_ppca_rounds(
+    u: np.ndarray, loadings: np.ndarray, noise: float, rounds: int, shape: float, rate: float, beta: float
+) -> tuple[dict[str, np.ndarray], float]:
+    """Bishop's variational principal components (1999), row by row, from given loadings; q and its bound.
+
+    The start: loadings known up to noise / n, the mean at the data's, the noise variance as given, relevances at their
+    best. Rounds go through factors, mean, loadings, relevances, noise. The bound is E[log p] plus scipy's entropies.
+    """
+    (n, d), k = u.shape, loadings.shape[1]
+    w, w_cov, mu, mu_var = loadings, noise / n * np.eye(k), u.mean(0), 1 / (beta + n / noise)
+    gamma = scipy.stats.gamma
+    noise_shape, relevance_shape = shape + n * d / 2, shape + d / 2
+    noise_rate = noise_shape * noise
+
+    def factors() -> tuple[np.ndarray, np.ndarray]:
+        tau = noise_shape / noise_rate
+        cov = np.linalg.inv(np.eye(k) + tau * (w.T @ w + d * w_cov))
+        return np.stack([tau * cov @ w.T @ (row - mu) for row in u]), cov
+
+    def relevance_rates() -> np.ndarray:
+        return np.array([rate + 0.5 * (w[:, j] @ w[:, j] + d * w_cov[j, j]) for j in range(k)])
+
+    def residual(z: np.ndarray, z_cov: np.ndarray) -> float:
+        w_square = w.T @ w + d * w_cov
+        total = 0.0
+        for row, factor in zip(u, z, strict=True):
+            total += (row - mu) @ (row - mu) + d * mu_var - 2 * (row - mu) @ w @ factor
+            total += np.trace(w_square @ (np.outer(factor, factor) + z_cov))
+        return float(total)
+
+    relevance_rate = relevance_rates()
+    for _ in range(rounds):
+        tau, alpha = noise_shape / noise_rate, relevance_shape / relevance_rate
+        z, z_cov = factors()
+        mu_var = 1 / (beta + n * tau)
+        mu = mu_var * tau * (u - z @ w.T).sum(0)
+        w_cov = np.linalg.inv(np.diag(alpha) + tau * (n * z_cov + z.T @ z))
+        w = np.stack([tau * w_cov @ (z * (u[:, [j]] - mu[j])).sum(0) for j in range(d)])
+        relevance_rate = relevance_rates()
+        noise_rate = rate + 0.5 * residual(z, z_cov)
+    z, z_cov = factors()
+    tau, alpha = noise_shape / noise_rate, relevance_shape / relevance_rate
+    log_tau = scipy.special.digamma(noise_shape) - np.log(noise_rate)
+    log_alpha = scipy.special.digamma(relevance_shape) - np.log(relevance_rate)
+
+    def log_gamma(mean: np.ndarray, log_mean: np.ndarray) -> float:
+        return float(np.sum(shape * np.log(rate) - scipy.special.gammaln(shape) + (shape - 1) * log_mean - rate * mean))
+
+    log2pi = np.log(2 * np.pi)
+    bound = 0.5 * n * d * (log_tau - log2pi) - 0.5 * tau * residual(z, z_cov)
+    bound += -0.5 * (n * k * log2pi + (z**2).sum() + n * np.trace(z_cov))
+    bound += 0.5 * d * (log_alpha.sum() - k * log2pi) - 0.5 * (alpha * np.diag(w.T @ w + d * w_cov)).sum()
+    bound += 0.5 * d * np.log(beta / (2 * np.pi)) - 0.5 * beta * (mu @ mu + d * mu_var)
+    bound += log_gamma(alpha, log_alpha) + log_gamma(np.array(tau), np.array(log_tau))
+    bound += n * scipy.stats.multivariate_normal(np.zeros(k), z_cov).entropy()
+    bound += d * scipy.stats.multivariate_normal(np.zeros(k), w_cov).entropy()
+    bound += d * scipy.stats.norm(0, np.sqrt(mu_var)).entropy()
+    bound += gamma(relevance_shape, scale=1 / relevance_rate).entropy().sum()
+    bound += gamma(noise_shape, scale=1 / noise_rate).entropy()
+    q = {"loadings": w, "loadings_covariance": w_cov, "mean": mu, "mean_scale": np.sqrt(mu_var)}
+    q |= {"relevance_rate": relevance_rate, "precision_rate": np.array(noise_rate)}
+    return q, float(bound)

@@ -188,9 +188,12 @@ def draw_enumerated(bound: BoundProgram, draw: Draw, batch: Batch) -> Any:
 
 
 def enumerated_probabilities(draw: Draw) -> dict[str, Tensor]:
-    """P(k | everything drawn, x) of every site that the model enumerates; shape (*plates, K), plates from the left."""
+    """P(k | everything drawn, x) of every enumerated site; shape (*plates, K), plates from the left.
+
+    It is the model's conditional, whatever a guide that lists the site says.
+    """
     factors = _factors(draw.model_trace, None)
-    return {name: factors.conditional(node)[0].softmax(-1) for name, node in _listed_in_model(draw).items()}
+    return {name: factors.conditional(node)[0].softmax(-1) for name, node in _listed(draw).items()}
 
 
 @dataclass(frozen=True)
@@ -273,10 +276,14 @@ def _from_prior(name: str, node: Any, guide_trace: Any) -> bool:
 
 
 def _listed_in_model(draw: Draw) -> dict[str, Any]:
+    return {name: node for name, node in _listed(draw).items() if name not in draw.guide_trace}
+
+
+def _listed(draw: Draw) -> dict[str, Any]:
     return {
         name: node
         for name, node in draw.model_trace.nodes.items()
-        if is_random(node) and name not in draw.guide_trace and node["infer"].get("_enumerate_dim") is not None
+        if is_random(node) and node["infer"].get("_enumerate_dim") is not None
     }
 
 

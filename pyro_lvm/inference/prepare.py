@@ -239,9 +239,13 @@ def _check_held_out(held_out: Rows, bound: BoundProgram, check: bool) -> None:
 def initialize(program: Program, rows: Rows, seed: int) -> None:
     """Call the program's `initialize` hook with all rows, if it has one."""
     hook = program.hook("initialize")
-    if hook is not None:
+    # a guide that is a module of its own starts after the program: it may ask where that starts
+    of_guide = getattr(program.guide, "initialize", None) if isinstance(program.guide, nn.Module) else None
+    started = [each for each in (hook, of_guide) if callable(each)]
+    if started:
         batch = rows.whole() if program.missing is None else program.missing.filled(rows.whole())
-        hook(*batch.args, **batch.kwargs, seed=seed)
+        for each in dict.fromkeys(started):
+            each(*batch.args, **batch.kwargs, seed=seed)
 
 
 def _auxiliary(bound: BoundProgram, first: Batch) -> Callable[..., Tensor] | None:

@@ -141,24 +141,30 @@ class Fit:
     def responsibilities(self, x: Any, num_samples: int = 1000, seed: int | None = None) -> Tensor:
         """p(component | x_i), averaged over the posterior of the parameters where there is one; shape (n, K), float64.
 
+        Given the parameters it is Bayes' rule, also where the guide has a label of its own (mean field).
+
         Args:
             x: data as for `fit`.
             num_samples: draws of the other latents; without any there is nothing to draw.
             seed: of the draws; None for fresh ones.
 
         Raises:
-            ProgramError: unless the program enumerates exactly one site in its model.
+            ProgramError: unless the program enumerates exactly one site, in its model or, if nothing else is latent
+                for each datum, in its guide.
             ValueError: if ``num_samples < 1``.
         """
         num_samples = at_least_one(num_samples, "num_samples")
         evaluation = Evaluation.of(self, x)
-        sites = [site.name for site in evaluation.structure.enumerated_in_model]
+        structure = evaluation.structure
+        sites = [site.name for site in structure.enumerated_in_model]
+        if not sites and len(structure.local_latent) == 1:
+            sites = [site.name for site in structure.enumerated_in_guide]
         if len(sites) != 1:
             raise ProgramError(
                 f"responsibilities are of one enumerated site, and this program enumerates {sites or 'none'}: draw "
                 "fit.posterior(x) and count"
             )
-        others = [site for site in evaluation.structure.latent if site.name not in sites]
+        others = [site for site in structure.latent if site.name not in sites]
         with evaluation.running(seed):
             return mean_responsibilities(evaluation, num_samples if others else 1)[sites[0]]
 

@@ -21,6 +21,8 @@ from pyro_lvm.blocks import Blocks
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.exact import ExpectationMaximisation
 from pyro_lvm.missing import Missing, generator_for, has_missing
+from pyro_lvm.models.conjugate_mixture import ConjugateFactors
+from pyro_lvm.models.conjugate_mixture_guide import ConjugateMixtureGuide
 from pyro_lvm.models.information_criteria import InformationCriteria
 from pyro_lvm.models.mixture_densities import (
     COVARIANCES,
@@ -32,8 +34,9 @@ from pyro_lvm.models.mixture_em import MixtureEM
 from pyro_lvm.models.mixture_initialization import best_of_short_runs
 from pyro_lvm.models.mixture_kmeans import KMeans
 from pyro_lvm.models.mixture_missing import impute_rows, observed_log_joint
-from pyro_lvm.models.mixture_parameters import MixtureParameters, scale_shape
-from pyro_lvm.prior_distributions import InUnits, InverseWishartCholesky
+from pyro_lvm.models.mixture_parameters import MixtureParameters
+from pyro_lvm.models.mixture_prior import conjugate_prior, fitting_concentration, prior_sites
+from pyro_lvm.models.mixture_updates import MixtureUpdates
 from pyro_lvm.priors import NormalInverseWishart
 
 __all__ = ["GaussianMixture"]
@@ -155,28 +158,40 @@ class GaussianMixture(InformationCriteria, nn.Module):
         return dist.Normal(loc, Vindex(scale)[..., component].unsqueeze(-1)).to_event(1)
 
     def _prior_sites(self, prior: NormalInverseWishart) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw weights, covariances, and means given the covariances; all outside the plate."""
-        shape = scale_shape(self.covariance, self.num_components, self.num_features)
-        psi = self.prior_scale_tril.square().sum(-1)  # the diagonal of the prior's scale matrix
-        weights = _global_site("weights", dist.Dirichlet(self.prior_concentration), "cluster")
-        if self.covariance in ("full", "tied"):
-            wishart: Any = InverseWishartCholesky(psi.new_tensor(prior.degrees_of_freedom), self.prior_scale_tril)
-            names = ("cluster", "feature", "feature_bis")[-len(shape) :]
-            scale = _global_site("scale_tril", wishart.expand(shape[:-2]).to_event(len(shape) - 2), *names)
-            each = scale if self.covariance == "full" else scale.unsqueeze(-3)
-            means = dist.MultivariateNormal(self.prior_mean, scale_tril=each / prior.mean_precision**0.5)
-        else:
-            half_degrees = psi.new_tensor(prior.variance_degrees_of_freedom / 2)
-            precision = dist.Gamma(half_degrees, (psi if self.covariance == "diag" else psi.mean()) / 2)
-            to_deviation = dist.transforms.PowerTransform(psi.new_tensor(-0.5))
-            deviation = dist.TransformedDistribution(precision.expand(shape), [to_deviation]).to_event(len(shape))
-            scale = _global_site("scales", deviation, *("cluster", "feature")[: len(shape)])
-            each = scale if self.covariance == "diag" else scale.unsqueeze(-1)
-            means = dist.Normal(self.prior_mean, each / prior.mean_precision**0.5).to_event(1)
-        means = means.expand([*means.batch_shape[:-1], self.num_components])
-        unit = (psi / prior.degrees_of_freedom).sqrt()
-        located: Any = InUnits(means, unit)
-        return weights, _global_site("locs", located.to_event(1), "cluster", "feature"), scale
+        return prior_sites(prior, *self._hyperparameters())
+
+    def _hyperparameters(self) -> tuple[Covariance, Tensor, Tensor, Tensor]:
+        return self.covariance, self.prior_concentration, self.prior_mean, self.prior_scale_tril
+
+    def conjugate_guide(self) -> ConjugateMixtureGuide:
+        """A guide of the prior's family; ``lvm.fit(mixture, x, guide=mixture.conjugate_guide())`` trains it.
+
+        Raises:
+            ProgramError: without a prior.
+        """
+        return ConjugateMixtureGuide(self._conjugate_prior("conjugate_guide"), self._start)
+
+    def coordinate_updates(self) -> MixtureUpdates:
+        """Closed-form updates for :func:`~pyro_lvm.coordinate_ascent`.
+
+        Raises:
+            ProgramError: without a prior.
+        """
+        return MixtureUpdates(self._conjugate_prior("coordinate_ascent"), self._start, self.conjugate_guide)
+
+    def _start(self, x: Tensor, seed: int, fresh: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        if self.is_initialized and not fresh:
+            return self._natural()
+        start = best_of_short_runs(x, self.num_components, self.covariance, self.reg_covar, seed)
+        parameters = MixtureParameters(self.num_components, self.num_features, self.covariance, self.reg_covar)
+        parameters.to(start[1]).set_natural(*start)
+        return parameters.weights, parameters.locs, parameters.scale
+
+    def _conjugate_prior(self, purpose: str) -> ConjugateFactors:
+        if self.prior is None:
+            need = f"{purpose} needs a prior over the parameters, and this mixture has none"
+            raise ProgramError(f"{need}: build it with prior=priors.weakly_informative(x).")
+        return conjugate_prior(self.prior, *self._hyperparameters())
 
     # ------------------------------------------------------------------------------------------------ closed forms
 
@@ -375,22 +390,12 @@ class GaussianMixture(InformationCriteria, nn.Module):
         return dict(zip(("weights", "locs", self._scale_site), self._natural(), strict=True))
 
     def _register_prior(self, prior: NormalInverseWishart) -> None:
-        if prior.num_features != self.num_features:
-            raise ValueError(
-                f"prior is for {prior.num_features} features, the mixture has num_features={self.num_features}: build "
-                f"the prior from the same columns, for example priors.weakly_informative(x)."
-            )
-        concentration = torch.as_tensor(prior.concentration, dtype=prior.mean.dtype, device=prior.mean.device)
-        if concentration.dim() == 1 and len(concentration) != self.num_components:
-            raise ValueError(
-                f"prior.concentration has {len(concentration)} entries, the mixture has num_components="
-                f"{self.num_components}: pass one number for all components, or one for each."
-            )
+        concentration = fitting_concentration(prior, self.num_components, self.num_features)
         for parameter in self.coordinates.parameters():
             parameter.requires_grad_(False)
         self.register_buffer("prior_mean", prior.mean.clone())
         self.register_buffer("prior_scale_tril", torch.linalg.cholesky(prior.scale_matrix))
-        self.register_buffer("prior_concentration", concentration.expand(self.num_components).clone())
+        self.register_buffer("prior_concentration", concentration)
 
     def _refuse_prior(self, method: str) -> None:
         if self.prior is not None:
@@ -418,8 +423,3 @@ class GaussianMixture(InformationCriteria, nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for print(mixture)."""
         return f"{self.num_components}, {self.num_features}, {self.covariance!r}, reg_covar={self.reg_covar:g}"
-
-
-def _global_site(name: str, fn: Any, *event_dims: str) -> Tensor:
-    infer: Any = {"event_dims": event_dims}
-    return pyro.sample(name, fn, infer=infer)

@@ -38,7 +38,7 @@ from pyro_lvm.exact import Expectation, Parameters
 from pyro_lvm.models.mixture_densities import Covariance
 from pyro_lvm.models.mixture_initialization import best_of_short_runs
 from pyro_lvm.models.mixture_missing import conditionals
-from pyro_lvm.models.mixture_prior import log_prior, posterior_mode
+from pyro_lvm.models.mixture_mode import log_prior, posterior_mode
 from pyro_lvm.priors import NormalInverseWishart
 
 __all__ = ["MixtureEM", "Moments", "nearest"]
@@ -309,7 +309,8 @@ def nearest(x: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 def _normalised(log_joint: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of log p(x), and responsibilities, of a joint density (K, b)."""
     largest = log_joint.amax(0)
-    joint = (log_joint - largest).exp_()
+    # next to nothing stays above the denormal numbers, products with which take a processor many times as long
+    joint = (log_joint - largest).clamp_min_(-600.0).exp_()
     total = joint.sum(0)
     return (largest + total.log()).sum(), joint.div_(total)
 

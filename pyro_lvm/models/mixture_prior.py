@@ -1,95 +1,106 @@
-r"""The conjugate prior of a mixture, for closed forms: its density, and the mode of its posterior.
-
-Densities are over weights, means and covariances (variances, where features are independent). A mode depends on what it
-is a mode over: that of the Cholesky factor, the site of the program, lies elsewhere by a share of order 1/(nu + N).
-"""
+"""The global sites of a Bayesian mixture, drawn from its conjugate prior."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_lvm.exact import Parameters
+from pyro_lvm.models.conjugate_mixture import ConjugateFactors
 from pyro_lvm.models.mixture_densities import Covariance
+from pyro_lvm.models.mixture_parameters import scale_shape
+from pyro_lvm.prior_distributions import InUnits, InverseWishartCholesky
 from pyro_lvm.priors import NormalInverseWishart
 
-__all__ = ["log_prior", "posterior_mode"]
+__all__ = ["conjugate_prior", "fitting_concentration", "global_site", "prior_sites"]
 
 
-def posterior_mode(
-    counts: Tensor, means: Tensor, scatters: Tensor, prior: NormalInverseWishart, covariance: Covariance
-) -> Parameters:
-    """The joint mode of weights, means and covariances given weighted rows.
-
-    Args:
-        counts: rows by component, (K,).
-        means: their means, (K, D).
-        scatters: sums of squares about the means, (K, D, D), or (K, D) where features are independent.
-        prior: the prior.
-        covariance: "full", "tied", "diag" or "spherical".
+def fitting_concentration(prior: NormalInverseWishart, num_components: int, num_features: int) -> Tensor:
+    """The concentration of the weights, shape (K,), of a prior that is for this mixture.
 
     Raises:
-        ValueError: if the concentration is below one, where the density has no mode inside.
+        ValueError: if the prior is for another number of features or components.
     """
-    concentration = torch.as_tensor(prior.concentration, dtype=counts.dtype, device=counts.device).expand_as(counts)
-    if not bool((concentration >= 1).all()):
+    if prior.num_features != num_features:
         raise ValueError(
-            f"prior.concentration is {float(concentration.min()):g}: below 1 the density of the weights is infinite "
-            "where one is nought, and has no mode. Use a concentration of 1 or more, or lvm.coordinate_ascent"
+            f"prior is for {prior.num_features} features, the mixture has num_features={num_features}: build "
+            f"the prior from the same columns, for example priors.weakly_informative(x)."
         )
-    weights = counts + concentration - 1
-    precision, nu, features = prior.mean_precision, prior.degrees_of_freedom, means.shape[-1]
-    center, psi = prior.mean.to(means), prior.scale_matrix.to(means)
-    locs = (counts.unsqueeze(-1) * means + precision * center) / (counts.unsqueeze(-1) + precision)
-    offset, shrink = means - center, precision * counts / (precision + counts)
+    concentration = torch.as_tensor(prior.concentration, dtype=prior.mean.dtype, device=prior.mean.device)
+    if concentration.dim() == 1 and len(concentration) != num_components:
+        raise ValueError(
+            f"prior.concentration has {len(concentration)} entries, the mixture has num_components="
+            f"{num_components}: pass one number for all components, or one for each."
+        )
+    return concentration.expand(num_components).clone()
+
+
+def prior_sites(
+    prior: NormalInverseWishart, covariance: Covariance, concentration: Tensor, mean: Tensor, scale_tril: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw weights, covariances, and means given the covariances; all outside the plate.
+
+    Args:
+        prior: its numbers of degrees of freedom and of data.
+        covariance: "full", "tied", "diag" or "spherical".
+        concentration: of the weights, shape (K,).
+        mean: of the means, shape (D,).
+        scale_tril: Cholesky factor of the prior's scale matrix, shape (D, D).
+
+    Returns:
+        The values of ``weights`` (K,), of ``locs`` (K, D), and of ``scale_tril`` or ``scales``.
+    """
+    num_components = len(concentration)
+    shape = scale_shape(covariance, num_components, len(mean))
+    psi = scale_tril.square().sum(-1)  # the diagonal of the prior's scale matrix
+    weights = global_site("weights", dist.Dirichlet(concentration), "cluster")
     if covariance in ("full", "tied"):
-        each = scatters + shrink[:, None, None] * offset.unsqueeze(-1) * offset.unsqueeze(-2)
-        if covariance == "full":
-            spread = (psi + each) / (nu + counts + features + 2)[:, None, None]
-        else:
-            spread = (psi + each.sum(0)) / (nu + features + 1 + len(counts) + counts.sum())
+        wishart: Any = InverseWishartCholesky(psi.new_tensor(prior.degrees_of_freedom), scale_tril)
+        names = ("cluster", "feature", "feature_bis")[-len(shape) :]
+        scale = global_site("scale_tril", wishart.expand(shape[:-2]).to_event(len(shape) - 2), *names)
+        each = scale if covariance == "full" else scale.unsqueeze(-3)
+        means = dist.MultivariateNormal(mean, scale_tril=each / prior.mean_precision**0.5)
     else:
-        each = scatters + shrink.unsqueeze(-1) * offset.square()
-        degrees = prior.variance_degrees_of_freedom
-        if covariance == "diag":
-            spread = (psi.diagonal() + each) / (degrees + 3 + counts).unsqueeze(-1)
-        else:
-            spread = (psi.diagonal().mean() + each.sum(-1)) / (degrees + 2 + features + features * counts)
-    return {"weights": weights / weights.sum(), "locs": locs, "covariances": spread}
+        half_degrees = psi.new_tensor(prior.variance_degrees_of_freedom / 2)
+        precision = dist.Gamma(half_degrees, (psi if covariance == "diag" else psi.mean()) / 2)
+        to_deviation = dist.transforms.PowerTransform(psi.new_tensor(-0.5))
+        deviation = dist.TransformedDistribution(precision.expand(shape), [to_deviation]).to_event(len(shape))
+        scale = global_site("scales", deviation, *("cluster", "feature")[: len(shape)])
+        each = scale if covariance == "diag" else scale.unsqueeze(-1)
+        means = dist.Normal(mean, each / prior.mean_precision**0.5).to_event(1)
+    means = means.expand(torch.Size([*means.batch_shape[:-1], num_components]))
+    unit = (psi / prior.degrees_of_freedom).sqrt()
+    located: Any = InUnits(means, unit)
+    return weights, global_site("locs", located.to_event(1), "cluster", "feature"), scale
 
 
-def log_prior(parameters: Parameters, prior: NormalInverseWishart, covariance: Covariance) -> Tensor:
-    """Log density of weights, means and covariances, nats."""
-    weights, locs, covariances = (parameters[name] for name in ("weights", "locs", "covariances"))
-    concentration = torch.as_tensor(prior.concentration, dtype=weights.dtype, device=weights.device)
-    concentration = concentration.expand_as(weights)
-    log_density: Tensor = torch.lgamma(concentration.sum()) - torch.lgamma(concentration).sum()
-    log_density = log_density + torch.xlogy(concentration - 1, weights).sum()
-    offset, features = locs - prior.mean.to(locs), locs.shape[-1]
-    precision, psi = prior.mean_precision, prior.scale_matrix.to(locs)
-    constant = 0.5 * features * math.log(precision / (2 * math.pi))
-    if covariance in ("full", "tied"):
-        factor = torch.linalg.cholesky(covariances)
-        log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_density = log_density + _inverse_wishart(factor, log_det, psi, prior.degrees_of_freedom).sum()
-        each = factor.expand(len(locs), features, features)
-        distance = torch.linalg.solve_triangular(each, offset.unsqueeze(-1), upper=False).square().sum((-2, -1))
-        of_means: Tensor = (constant - 0.5 * log_det - 0.5 * precision * distance).sum()
-        return log_density + of_means
-    scale = psi.diagonal() if covariance == "diag" else psi.diagonal().mean()
-    shape = covariances.new_tensor(prior.variance_degrees_of_freedom / 2)
-    log_density = log_density + torch.distributions.InverseGamma(shape, scale / 2).log_prob(covariances).sum()
-    variances = covariances if covariance == "diag" else covariances.unsqueeze(-1).expand_as(locs)
-    distance = (offset.square() / variances).sum(-1)
-    of_means = (constant - 0.5 * variances.log().sum(-1) - 0.5 * precision * distance).sum()
-    return log_density + of_means
+def conjugate_prior(
+    prior: NormalInverseWishart, covariance: Covariance, concentration: Tensor, mean: Tensor, scale_tril: Tensor
+) -> ConjugateFactors:
+    """The same prior as numbers of the conjugate family; arguments as in :func:`prior_sites`."""
+    num_components, psi = len(concentration), scale_tril.square().sum(-1)
+    roots = {
+        "full": scale_tril.expand(num_components, *scale_tril.shape),
+        "tied": scale_tril,
+        "diag": psi.sqrt().expand(num_components, len(psi)),
+        "spherical": psi.mean().sqrt().expand(num_components),
+    }
+    is_matrix = covariance in ("full", "tied")
+    degrees = psi.new_tensor(prior.degrees_of_freedom if is_matrix else prior.variance_degrees_of_freedom)
+    return ConjugateFactors(
+        covariance,
+        concentration=concentration,
+        mean=mean.expand(num_components, len(mean)),
+        mean_precision=torch.full_like(concentration, prior.mean_precision),
+        degrees_of_freedom=degrees if covariance == "tied" else degrees.expand(num_components),
+        root=roots[covariance],
+    )
 
 
-def _inverse_wishart(factor: Tensor, log_det: Tensor, psi: Tensor, degrees_of_freedom: float) -> Tensor:
-    features = psi.shape[-1]
-    half = psi.new_tensor(degrees_of_freedom / 2)
-    trace: Tensor = torch.cholesky_solve(psi.expand_as(factor), factor).diagonal(dim1=-2, dim2=-1).sum(-1)
-    log_constant = half * (torch.logdet(psi) - features * math.log(2.0)) - torch.mvlgamma(half, features)
-    return log_constant - 0.5 * (degrees_of_freedom + features + 1) * log_det - 0.5 * trace
+def global_site(name: str, fn: Any, *event_dims: str) -> Tensor:
+    """A sample statement whose event dims have names."""
+    infer: Any = {"event_dims": event_dims}
+    return pyro.sample(name, fn, infer=infer)
