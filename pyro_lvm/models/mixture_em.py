@@ -91,6 +91,7 @@ class MixtureEM:
         # rounding alone makes the covariance of collinear features indefinite by about this much
         self.floor = max(reg_covar, 1e-12 * widest, 1e-300)
         self.reg_covar = reg_covar
+        self._rooms = [self.center.new_empty(0), self.center.new_empty(0)]
 
     # ---------------------------------------------------------------------------------------------------- the start
 
@@ -187,7 +188,8 @@ class MixtureEM:
         if bool(x.isnan().any()):
             return self._block_with_missing(x, state)
         y = self._deviations(x, state)
-        log_joint = state["constant"] - 0.5 * (y * y).sum(1)  # (K, b)
+        squares = torch.mul(y, y, out=self._room(1, y.shape))
+        log_joint = torch.add(state["constant"], squares.sum(1), alpha=-0.5)  # (K, b)
         log_evidence, responsibilities = _normalised(log_joint)
         constant = 0.5 * x.shape[-1] * math.log(2 * math.pi)
         return log_evidence - len(x) * constant, *self._sums(y, responsibilities)
@@ -197,16 +199,23 @@ class MixtureEM:
         if "inverse" in state:
             k, features, _ = state["inverse"].shape
             rows = (x - self.center).mT
-            flat = torch.addmm(state["shift"].view(-1, 1), state["inverse"].view(-1, features), rows)
-            return flat.view(k, features, -1)
+            flat = self._room(0, torch.Size((k * features, len(x))))
+            torch.mm(state["inverse"].view(-1, features), rows, out=flat)
+            return flat.add_(state["shift"].view(-1, 1)).view(k, features, -1)
         factor = state["factor"].diagonal(dim1=-2, dim2=-1) if self.has_matrices else state["factor"]
         return (x.mT - state["locs"].unsqueeze(-1)) / factor.unsqueeze(-1)
 
     def _sums(self, y: Tensor, responsibilities: Tensor) -> tuple[Tensor, ...]:
         """Counts (K,), first moments (K, D), and second ones, of rows (K, D, b) weighted by (K, b)."""
-        weighted = y * responsibilities.unsqueeze(1)
+        weighted = torch.mul(y, responsibilities.unsqueeze(1), out=self._room(1, y.shape))
         second = torch.bmm(weighted, y.mT) if self.has_matrices else (weighted * y).sum(-1)
         return responsibilities.sum(-1), weighted.sum(-1), second
+
+    def _room(self, which: int, shape: torch.Size) -> Tensor:
+        """Memory that every block uses anew: to ask the system for it each time takes as long as the arithmetic."""
+        if self._rooms[which].numel() < shape.numel():
+            self._rooms[which] = self.center.new_empty(shape.numel())
+        return self._rooms[which][: shape.numel()].view(shape)
 
     def _block_with_missing(self, x: Tensor, state: Parameters) -> tuple[Tensor, ...]:
         scale = state["factor"]
@@ -309,8 +318,8 @@ def nearest(x: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 def _normalised(log_joint: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of log p(x), and responsibilities, of a joint density (K, b)."""
     largest = log_joint.amax(0)
-    # next to nothing stays above the denormal numbers, products with which take a processor many times as long
-    joint = (log_joint - largest).clamp_min_(-600.0).exp_()
+    # next to nothing is nothing: products with denormal numbers take a processor many times as long
+    joint = torch.threshold_((log_joint - largest).exp_(), 1e-250, 0.0)
     total = joint.sum(0)
     return (largest + total.log()).sum(), joint.div_(total)
 
