@@ -23,6 +23,7 @@ from pyro_lvm.data import Rows, as_rows
 from pyro_lvm.errors import ProgramWarning
 from pyro_lvm.evaluation import fresh_seed
 from pyro_lvm.guides import GuideKind
+from pyro_lvm.inference.alternate import Alternate, alternation, require_alternate
 from pyro_lvm.inference.bound import mean_elbo
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.epochs import Order, strata_of
@@ -60,6 +61,7 @@ def fit(
     device: torch.device | str | None = None,
     capture: Literal[False, "auto", "graph", "compiled", "cuda_graph"] = "auto",
     autocast: torch.dtype | None = None,
+    alternate: Alternate | None = None,
 ) -> Fit:
     r"""Fit a program to data by stochastic variational inference.
 
@@ -96,6 +98,13 @@ def fit(
             "cuda_graph" (the same, replayed on a GPU), or False for plain Pyro. What cannot be captured goes through
             Pyro; ``fit.info`` says which and why.
         autocast: torch.bfloat16 multiplies matrices in it during the steps; ``fit.elbo`` is evaluated without.
+        alternate: variational EM: ``(phi_steps, theta_steps)`` trains the guide's parameters phi and the model's theta
+            in turn, that many steps each; "until-converged" passes the turn on when the loss stands still; None
+            trains all at once. ``steps`` and ``epochs`` count every step. Theta is every parameter that the model's
+            log joint depends on, as autograd finds: a parameter that model and guide share (the mean of `PPCA`)
+            counts as theta. Where the guide has nothing to train the E-step is exact already; a program's
+            ``solve_guide()`` hook, which sets its guide to the exact posterior, takes the place of the steps of phi.
+            ``fit.info["alternate"]`` names both groups and how the E-step is done.
 
     Returns:
         A `Fit`. Modules are trained in place; the record keeps a snapshot of its own.
@@ -126,6 +135,7 @@ def fit(
         _require_positive(name, count, whole=True)
     _require_positive("grad_clip_norm", grad_clip_norm)
     watching = _callbacks(callbacks)
+    alternate = require_alternate(alternate)
     resolved, recipe = resolve(program, guide)
     seed = fresh_seed() if seed is None else seed
     initialisation, ordering, noise, evaluation = _streams(seed)
@@ -146,6 +156,7 @@ def fit(
             level = choose_level(capture, total_steps)
             require_cuda_graph(capture, rows.device)
             require_autocast(autocast, rows.device)
+            turns = alternation(alternate, prepared, request.first(), len(rows))
             parameters = list(prepared.bound.trainable().values())
             torch_optimizer, schedule, described = make_optimizer(
                 parameters,
@@ -159,10 +170,14 @@ def fit(
         untouched.restore()
         raise
     del untouched
-    loop = Loop(prepared, order, torch_optimizer, schedule, parameters, grad_clip_norm, total_steps, level, autocast)
+    loop = Loop(
+        prepared, order, torch_optimizer, schedule, parameters, grad_clip_norm, total_steps, level, autocast, turns
+    )
     watch = Watch(watching, stopping, held_out, evaluation, progress)
     with isolated(noise, validate=False):
         stopped = loop.run(watch)
+        if turns is not None:
+            turns.finish()
         evaluated = mean_elbo(prepared.bound, prepared.structure, rows, batch_size, evaluation)
     info = {
         "program": resolved.name,
@@ -173,6 +188,7 @@ def fit(
         "capture_reason": loop.step.reason,
         "autocast": None if autocast is None else str(autocast),
         "optimizer": described,
+        "alternate": None if turns is None else turns.described,
         "seed": seed,
         "n": len(rows),
         "batch_size": batch_size,

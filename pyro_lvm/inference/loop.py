@@ -17,6 +17,7 @@ from pyro_lvm.capture.graph import CapturedStep, Level
 from pyro_lvm.capture.step import Step
 from pyro_lvm.data import Rows
 from pyro_lvm.errors import NonFiniteError, ProgramError
+from pyro_lvm.inference.alternate import Alternation
 from pyro_lvm.inference.bound import validation_elbo
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.epochs import Order
@@ -58,8 +59,9 @@ class Loop:
         total_steps: int,
         level: tuple[Level, str],
         autocast: torch.dtype | None = None,
+        alternation: Alternation | None = None,
     ) -> None:
-        self.prepared, self.order = prepared, order
+        self.prepared, self.order, self.alternation = prepared, order, alternation
         step = Step(prepared.bound, prepared.estimator, prepared.auxiliary_loss, parameters, len(order.rows), autocast)
         self.step = CapturedStep(step, *level)
         self.optimizer, self.schedule, self.parameters = optimizer, schedule, parameters
@@ -108,7 +110,11 @@ class Loop:
 
     def _epoch(self, number: int) -> None:
         for batch, share in self.order.epoch(number):
+            if self.alternation is not None:
+                self.alternation.begin_step()
             result = self.step(batch)
+            if self.alternation is not None:
+                self.alternation.hold()
             if self.grad_clip_norm is not None:
                 clip_grad_norm_(self.parameters, self.grad_clip_norm)
             self.optimizer.step()
@@ -116,6 +122,8 @@ class Loop:
                 self.schedule.step()
             self.steps_done += 1
             self.history.add_step(result, share)
+            if self.alternation is not None:
+                self.alternation.end_step(result)
             if self.steps_done == self.total_steps:
                 break
         self.history.end_epoch()

@@ -252,6 +252,33 @@ class LinearGaussianModel(nn.Module):
         raw_scale = _inverse_softplus(variance.sqrt())
         self._unconstrained_guide_scale.copy_(raw_scale if self.guide_covariance == "diag" else raw_scale.diag())
 
+    @torch.no_grad()
+    def solve_guide(self) -> None:
+        r"""Set the guide to the exact posterior under the model as it is: an E-step without gradients.
+
+        A diagonal guide can be exact only where :math:`W^\top \Psi^{-1} W` is diagonal, so there the loadings are
+        rotated as in `set_parameters`, which the density of the data does not feel. A full guide leaves them alone.
+        """
+        whitened = self.loadings / self.noise_scale.expand(self.num_features).unsqueeze(-1)
+        if self.guide_covariance == "full":
+            precision_root, _ = _condition(torch.zeros_like(whitened.mT), whitened)
+            weight = torch.cholesky_solve(whitened.mT, precision_root) / self.noise_scale
+            factor = torch.linalg.cholesky(torch.cholesky_inverse(precision_root))
+            raw_scale = factor.tril(-1) + _inverse_softplus(factor.diagonal()).diag()
+        else:
+            _, singular_values, rotation = torch.linalg.svd(whitened, full_matrices=False)
+            # columns keep their sign from one call to the next: an optimiser remembers which way they went
+            rotation = rotation * torch.where(rotation.diagonal() < 0, -1.0, 1.0).to(rotation).unsqueeze(-1)
+            standard = self.loadings @ rotation.mT / self.scale.expand(self.num_features).unsqueeze(-1)
+            if self._turn is not None:
+                self._turn.zero_()
+            self._standard_loadings.copy_(standard)
+            variance = 1 / (1 + singular_values.square())
+            weight = variance.unsqueeze(-1) * (whitened @ rotation.mT).mT / self.noise_scale
+            raw_scale = _inverse_softplus(variance.sqrt())
+        self._standard_guide_weight.copy_(weight * self.scale)
+        self._unconstrained_guide_scale.copy_(raw_scale)
+
     # The pieces of model and guide.
 
     def _prior(self) -> dist.TorchDistribution:
