@@ -36,6 +36,7 @@ ORDER = (
     "structure",
     "dependencies",
     "guides",
+    "per_datum",
     "elbo",
     "preflight",
     "evaluation",

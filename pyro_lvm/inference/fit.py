@@ -62,6 +62,7 @@ def fit(
     capture: Literal[False, "auto", "graph", "compiled", "cuda_graph"] = "auto",
     autocast: torch.dtype | None = None,
     alternate: Alternate | None = None,
+    amortized: bool | None = None,
 ) -> Fit:
     r"""Fit a program to data by stochastic variational inference.
 
@@ -105,6 +106,9 @@ def fit(
             counts as theta. Where the guide has nothing to train the E-step is exact already; a program's
             ``solve_guide()`` hook, which sets its guide to the exact posterior, takes the place of the steps of phi.
             ``fit.info["alternate"]`` names both groups and how the E-step is done.
+        amortized: False frees a guide that computes its parameters from the data: each datum gets parameters of its
+            own, of the same family, which start at what the guide says. `amortization_gap` reports what that gains.
+            None and True leave the guide as it is.
 
     Returns:
         A `Fit`. Modules are trained in place; the record keeps a snapshot of its own.
@@ -136,6 +140,8 @@ def fit(
     _require_positive("grad_clip_norm", grad_clip_norm)
     watching = _callbacks(callbacks)
     alternate = require_alternate(alternate)
+    if amortized not in (None, True, False):
+        raise TypeError(f"amortized is {amortized!r}: it must be True, False or None")
     resolved, recipe = resolve(program, guide)
     seed = fresh_seed() if seed is None else seed
     initialisation, ordering, noise, evaluation = _streams(seed)
@@ -148,6 +154,7 @@ def fit(
             if fresh:
                 reset(resolved.modules.values())
             request = Request(resolved, rows, held_out, recipe, elbo, batch_size, initialisation, check, fresh)
+            request = replace(request, amortized=amortized is not False)
             prepared = prepare(request, untouched, cast)
             for doubt in suspicions(prepared.bound, prepared.structure, request.first()) if check else ():
                 warnings.warn(doubt, ProgramWarning, stacklevel=2)
@@ -181,7 +188,7 @@ def fit(
         evaluated = mean_elbo(prepared.bound, prepared.structure, rows, batch_size, evaluation)
     info = {
         "program": resolved.name,
-        "guide": _named(recipe) or ("mean_field" if resolved.guide is None else "given"),
+        "guide": _guide_in_words(recipe, resolved.guide, amortized),
         "estimator": repr(prepared.estimator),
         "estimator_reason": prepared.estimator.reason,
         "capture": loop.step.level,
@@ -273,5 +280,9 @@ def _stopping(early_stopping: EarlyStopping | bool | None, held_out: Rows | None
     return rule
 
 
-def _named(recipe: Any) -> str | None:
-    return recipe if recipe is None or isinstance(recipe, str) else recipe.__name__
+def _guide_in_words(recipe: Any, guide: Any, amortized: bool | None) -> str:
+    if recipe is not None:
+        return recipe if isinstance(recipe, str) else str(recipe.__name__)
+    if guide is None:
+        return "mean_field"
+    return "per datum" if amortized is False else "given"
