@@ -192,6 +192,8 @@ def _bind(request: Request, first: Batch, meet: Callable[[nn.Module], None]) -> 
         structure = traced(bound.model, bound.guide, first)
         if request.amortized:
             return bound, structure
+        if request.check:  # while its lines are the user's
+            check_pair(bound, structure, make_estimator(request.elbo, structure), first)
         _initialize(program, rows, request.seed)
         program = program.with_guide(freed(bound, structure, first, rows))
         bound = BoundProgram(program, None, rows.dtype, rows.device)
