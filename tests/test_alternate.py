@@ -381,6 +381,20 @@ def test_a_solved_guide_takes_no_steps_of_its_own():
     torch.testing.assert_close(ppca.encode(factors()).mean, ppca.posterior(factors()).mean, rtol=0, atol=1e-8)
 
 
+def test_a_guide_that_cannot_be_solved_for_what_is_not_finite():
+    ppca = lvm.PPCA(5, 2)
+    with pytest.raises(lvm.NonFiniteError, match=r"parameter \w+ became NaN or infinite"):
+        lvm.fit(ppca, factors(), epochs=20, alternate=(1, 1), optimizer=torch.optim.SGD, lr=1e200, seed=0)
+    assert torch.isfinite(ppca.loadings).all()
+
+    class Faulty(lvm.PPCA):
+        def solve_guide(self):
+            raise RuntimeError("a mistake of its own")
+
+    with pytest.raises(RuntimeError, match="a mistake of its own"):
+        lvm.fit(Faulty(5, 2), factors(), epochs=20, alternate=(1, 1), seed=0)
+
+
 def test_another_guide_than_the_programs_is_not_solved():
     ppca = lvm.PPCA(5, 1)
 

@@ -107,8 +107,8 @@ def fit(
             ``solve_guide()`` hook, which sets its guide to the exact posterior, takes the place of the steps of phi.
             ``fit.info["alternate"]`` names both groups and how the E-step is done.
         amortized: False frees a guide that computes its parameters from the data: each datum gets parameters of its
-            own, of the same family, which start at what the guide says. `amortization_gap` reports what that gains.
-            None and True leave the guide as it is.
+            own, of the same family, which start at what the guide says and belong to the fit: the guide's modules do
+            not move. `amortization_gap` reports what that gains. None and True leave the guide as it is.
 
     Returns:
         A `Fit`. Modules are trained in place; the record keeps a snapshot of its own.

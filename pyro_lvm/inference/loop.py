@@ -111,7 +111,7 @@ class Loop:
     def _epoch(self, number: int) -> None:
         for batch, share in self.order.epoch(number):
             if self.alternation is not None:
-                self.alternation.begin_step()
+                self._exact_e_step(self.alternation)
             result = self.step(batch)
             if self.alternation is not None:
                 self.alternation.hold()
@@ -128,16 +128,32 @@ class Loop:
                 break
         self.history.end_epoch()
 
+    def _exact_e_step(self, alternation: Alternation) -> None:
+        try:
+            alternation.begin_step()
+        except RuntimeError as error:  # a decomposition refuses what the read-out would have found
+            wrong = self._not_finite()
+            if not wrong:
+                raise
+            self.prepared.bound.load(self.last_finite)
+            raise non_finite(self.history.epochs + 1, f"parameter {', '.join(wrong)}") from error
+
+    def _not_finite(self) -> list[str]:
+        """Names of the parameters that are not finite."""
+        finite = [(name, torch.isfinite(p).all()) for name, p in self.prepared.bound.trainable().items()]
+        if bool(torch.stack([flag for _, flag in finite]).all()):
+            return []
+        return [name for name, flag in finite if not bool(flag)]
+
     def _read_out(self) -> None:
         """Read the losses; see that all is finite and that nothing is left untrained."""
         bound = self.prepared.bound
         snapshot = bound.snapshot()
         try:
             self.history.flush()
-            finite = [(name, torch.isfinite(p).all()) for name, p in bound.trainable().items()]
-            if not bool(torch.stack([flag for _, flag in finite]).all()):
+            wrong = self._not_finite()
+            if wrong:
                 # a finite loss may have an infinite gradient, and would be known to have only after the next step
-                wrong = [name for name, flag in finite if not bool(flag)]
                 raise non_finite(self.history.epochs, f"parameter {', '.join(wrong)}")
         except NonFiniteError:
             bound.load(self.last_finite)
