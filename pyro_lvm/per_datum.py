@@ -18,6 +18,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_lvm.data import Batch, Rows
@@ -58,6 +59,15 @@ class SiteOfEach:
     event_dims: int
     infer: dict[str, Any]
 
+    def of_rows(self, name: str, rows: Tensor) -> Any:
+        """The distribution of some rows, from parameters called after the site."""
+        kinds = self.family.arg_constraints
+        values = {
+            parameter: pyro.param(f"{name}.{parameter}", start, constraint=kinds[parameter])[rows]
+            for parameter, start in self.start.items()
+        }
+        return self.family(**values).to_event(self.event_dims)
+
 
 class PerDatumGuide:
     """A guide with parameters by ``index``: `pyro.param` statements "site.parameter" with an entry for each row.
@@ -67,7 +77,7 @@ class PerDatumGuide:
         plate: the plate over the rows.
         size: rows in the whole data set.
         first: number of the first row that there are parameters for.
-        shared: the guide whose other sites, those outside the plate, are left as they are; None where it has none.
+        shared: the guide, where it has sites outside the plate: they stay as they are, and it is run for them.
         keywords: the row keywords that ``shared`` takes.
     """
 
@@ -107,19 +117,28 @@ class PerDatumGuide:
                 "the batches are stratified, and a guide with parameters for each datum knows no row weights: fit "
                 "with batch_size=None"
             )
-        if self.shared is not None:
-            with poutine.block(hide=[*self.sites, self.plate.name]):
-                self.shared(*args, **kwargs, **batch_arguments(self.keywords, size, index, weight))
         rows = index - self.first
+        found = {name: site.of_rows(name, rows) for name, site in self.sites.items()}
+        if self.shared is not None:
+            with _InPlaceOf(found):
+                self.shared(*args, **kwargs, **batch_arguments(self.keywords, size, index, weight))
+            return
         with pyro.plate(self.plate.name, self.size, subsample=index, dim=self.plate.dim):
             for name, site in self.sites.items():
-                kinds = site.family.arg_constraints
-                values = {
-                    parameter: pyro.param(f"{name}.{parameter}", start, constraint=kinds[parameter])[rows]
-                    for parameter, start in site.start.items()
-                }
                 infer: Any = dict(site.infer)  # Pyro's type for it does not know the names of event dims
-                pyro.sample(name, site.family(**values).to_event(site.event_dims), infer=infer)
+                pyro.sample(name, found[name], infer=infer)
+
+
+class _InPlaceOf(Messenger):
+    """Distributions in place of those that a guide says: all else, its order and its noise, stays the guide's."""
+
+    def __init__(self, distributions: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.distributions = distributions
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.distributions:
+            msg["fn"] = self.distributions[msg["name"]]
 
 
 def nothing_to_replace(program_name: str, why: str) -> ProgramError:
@@ -197,7 +216,7 @@ def per_datum_guide(
         bound: the program with its amortised guide, at the parameters to start from.
         structure: its trace; `replaced_sites` has found nothing wrong.
         batches: the rows, some at a time.
-        shared: called for the sites outside the plate, where there are any.
+        shared: run for the sites outside the plate, where there are any.
         keywords: the row keywords that ``shared`` takes.
 
     Raises:

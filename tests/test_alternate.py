@@ -235,12 +235,15 @@ def test_a_turn_ends_where_the_loss_stands_still():
 def test_noise_neither_ends_a_turn_that_gains_nor_prolongs_one_that_does_not():
     noise = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert len(turns_of((5.0 + noise).tolist())) >= 6  # ten would be never to be deceived
+    about = [(-1.0) ** i for i in range(20)]  # the error of a difference of two such windows is 0.32
+    assert turns_of([5.0 + a for a in about] + [4.5 + a for a in about]) == [40]
+    assert turns_of([5.0 + a for a in about] + [4.2 + a for a in about]) == []
     gaining = [5.0 - 0.2 * i + float(noise[i]) for i in range(200)]
     assert turns_of(gaining) == [200]
 
 
 def test_the_auxiliary_loss_is_part_of_what_stands_still():
-    falling = torch.linspace(5.0, 0.0, 100, dtype=torch.float64)
+    falling = torch.linspace(5.0, 0.0, 60, dtype=torch.float64)
     program = Rated()
     parameters = type("Bound", (), {"trainable": lambda self: dict(program.named_parameters())})()
     turns = Alternation("until-converged", parameters, Owners(("theta",), ("phi",)), 10)
