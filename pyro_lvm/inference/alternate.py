@@ -254,4 +254,7 @@ def _solver(bound: BoundProgram) -> Callable[[], Any] | None:
     """The program's `solve_guide`, where the guide in use is the one that it sets."""
     hook = bound.program.hook("solve_guide")
     owner = getattr(hook, "__self__", None)
-    return hook if owner is not None and getattr(bound.program.guide, "__self__", None) is owner else None
+    if owner is None or getattr(bound.program.guide, "__self__", None) is not owner:
+        return None
+    # a row with values missing has another posterior than the hook, which sees no rows, can know of
+    return hook if getattr(bound.program, "missing", None) is None else None
