@@ -250,7 +250,10 @@ class Shared(Amortised):
 @pytest.mark.parametrize("batch_size", [None, 10])
 def test_what_all_rows_share_keeps_its_own_parameters(batch_size):
     program = made(Shared)
+    encoder, start = state_of(program.encoder), program.encoder(rows()).detach()
     fit = lvm.fit(program, rows(), epochs=10, batch_size=batch_size, lr=0.01, seed=0, amortized=False)
+    assert same_state(program.encoder, encoder)
+    assert bool((fit.params["z.loc"] != start).all())
     assert program.rate.item() != 2.0
     assert fit.params["spread"].item() != 3.0
     assert fit.params["z.loc"].shape == (40, 2)
