@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyro_lvm import datasets, exact, likelihoods, networks, plots, priors, testing
+from pyro_lvm.criticism.amortization import AmortizationGap, amortization_gap
 from pyro_lvm.criticism.compare import compare_elbos
 from pyro_lvm.criticism.evidence import log_evidence
 from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PPCA",
     "VAE",
+    "AmortizationGap",
     "BayesianPPCA",
     "Chains",
     "EarlyStopping",
@@ -42,6 +44,7 @@ __all__ = [
     "Report",
     "SemiSupervisedVAE",
     "align_components",
+    "amortization_gap",
     "check",
     "compare_elbos",
     "coordinate_ascent",

@@ -39,6 +39,7 @@ ORDER = (
     "structure",
     "dependencies",
     "guides",
+    "per_datum",
     "elbo",
     "preflight",
     "evaluation",

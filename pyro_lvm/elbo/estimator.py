@@ -17,6 +17,7 @@ from pyro.infer import (
     TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
 )
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
@@ -107,6 +108,42 @@ class Estimator:
         terms = read_terms(self.elbo, self._traces, loss if enumerated else None)
         self._traces.clear()
         return _as_tensor(loss, terms), terms.map(Tensor.detach)
+
+    def evaluate_rows(self, bound: BoundProgram, batch: Batch, plate: str) -> Tensor:
+        """What each row adds to the plain bound, nats, shape (rows,); what lies outside ``plate`` adds to none.
+
+        The bound is linear in the scale of each row's sites, so that what a row adds is the bound's gradient with
+        respect to it. Only for bounds without score functions, and without sites that the model enumerates: Pyro
+        sums those over a scale that all rows share.
+        """
+        scale = torch.ones(len(batch), dtype=torch.float64, device=_device_of(batch), requires_grad=True)
+        scaled = _ScaledRows(plate, scale)
+        model, guide = scaled(torch.no_grad()(bound.model)), scaled(torch.no_grad()(bound.guide))
+        self._traces.clear()
+        with torch.enable_grad():
+            loss = self.elbo.differentiable_loss(model, guide, *batch.args, **batch.named())
+        self._traces.clear()
+        (gradient,) = torch.autograd.grad(loss, scale)
+        return -gradient * len(batch) / batch.size
+
+
+class _ScaledRows(Messenger):
+    """Scales every site in the plate by its row's scale."""
+
+    def __init__(self, plate: str, scale: Tensor) -> None:
+        super().__init__()
+        self.plate, self.scale = plate, scale
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for frame in msg["cond_indep_stack"]:
+            if frame.name != self.plate or not frame.vectorized:
+                continue
+            with torch.enable_grad():  # the program itself runs without
+                msg["scale"] = msg["scale"] * self.scale.reshape(-1, *[1] * (-frame.dim - 1))
+
+
+def _device_of(batch: Batch) -> torch.device | None:
+    return next((value.device for value in batch.tensors().values() if isinstance(value, Tensor)), None)
 
 
 def _as_tensor(loss: Tensor | float, terms: Terms) -> Tensor:

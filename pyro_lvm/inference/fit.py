@@ -23,6 +23,7 @@ from pyro_lvm.data import Rows, as_rows
 from pyro_lvm.errors import ProgramWarning
 from pyro_lvm.evaluation import fresh_seed
 from pyro_lvm.guides import GuideKind
+from pyro_lvm.inference.alternate import Alternate, alternation, require_alternate
 from pyro_lvm.inference.bound import mean_elbo
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.epochs import Order, strata_of
@@ -62,6 +63,8 @@ def fit(
     missing: Literal["marginalize"] | None = None,
     capture: Literal[False, "auto", "graph", "compiled", "cuda_graph"] = "auto",
     autocast: torch.dtype | None = None,
+    alternate: Alternate | None = None,
+    amortized: bool | None = None,
 ) -> Fit:
     r"""Fit a program to data by stochastic variational inference.
 
@@ -100,6 +103,16 @@ def fit(
             "cuda_graph" (the same, replayed on a GPU), or False for plain Pyro. What cannot be captured goes through
             Pyro; ``fit.info`` says which and why.
         autocast: torch.bfloat16 multiplies matrices in it during the steps; ``fit.elbo`` is evaluated without.
+        alternate: variational EM: ``(phi_steps, theta_steps)`` trains the guide's parameters phi and the model's theta
+            in turn, that many steps each; "until-converged" passes the turn on when the loss stands still; None
+            trains all at once. ``steps`` and ``epochs`` count every step. Theta is every parameter that the model's
+            log joint depends on, as autograd finds: a parameter that model and guide share (the mean of `PPCA`)
+            counts as theta. Where the guide has nothing to train the E-step is exact already; a program's
+            ``solve_guide()`` hook, which sets its guide to the exact posterior, takes the place of the steps of phi.
+            ``fit.info["alternate"]`` names both groups and how the E-step is done.
+        amortized: False frees a guide that computes its parameters from the data: each datum gets parameters of its
+            own, of the same family, which start at what the guide says and belong to the fit: the guide's modules do
+            not move. `amortization_gap` reports what that gains. None and True leave the guide as it is.
 
     Returns:
         A `Fit`. Modules are trained in place; the record keeps a snapshot of its own.
@@ -130,6 +143,9 @@ def fit(
         _require_positive(name, count, whole=True)
     _require_positive("grad_clip_norm", grad_clip_norm)
     watching = _callbacks(callbacks)
+    alternate = require_alternate(alternate)
+    if amortized not in (None, True, False):
+        raise TypeError(f"amortized is {amortized!r}: it must be True, False or None")
     resolved, recipe = resolve(program, guide)
     seed = fresh_seed() if seed is None else seed
     initialisation, ordering, noise, evaluation = _streams(seed)
@@ -144,6 +160,7 @@ def fit(
             if fresh:
                 reset(resolved.modules.values())
             request = Request(resolved, rows, held_out, recipe, elbo, batch_size, initialisation, check, fresh)
+            request = replace(request, amortized=amortized is not False)
             prepared = prepare(request, untouched, cast)
             for doubt in suspicions(prepared.bound, prepared.structure, request.first()) if check else ():
                 warnings.warn(doubt, ProgramWarning, stacklevel=2)
@@ -152,6 +169,7 @@ def fit(
             level = choose_level(capture, total_steps)
             require_cuda_graph(capture, rows.device)
             require_autocast(autocast, rows.device)
+            turns = alternation(alternate, prepared, request.first(), len(rows))
             parameters = list(prepared.bound.trainable().values())
             torch_optimizer, schedule, described = make_optimizer(
                 parameters,
@@ -165,14 +183,18 @@ def fit(
         untouched.restore()
         raise
     del untouched
-    loop = Loop(prepared, order, torch_optimizer, schedule, parameters, grad_clip_norm, total_steps, level, autocast)
+    loop = Loop(
+        prepared, order, torch_optimizer, schedule, parameters, grad_clip_norm, total_steps, level, autocast, turns
+    )
     watch = Watch(watching, stopping, held_out, evaluation, progress)
     with isolated(noise, validate=False):
         stopped = loop.run(watch)
+        if turns is not None:
+            turns.finish()
         evaluated = mean_elbo(prepared.bound, prepared.structure, rows, batch_size, evaluation)
     info = {
         "program": resolved.name,
-        "guide": _named(recipe) or ("mean_field" if resolved.guide is None else "given"),
+        "guide": _guide_in_words(recipe, resolved.guide, amortized),
         "estimator": repr(prepared.estimator),
         "estimator_reason": prepared.estimator.reason,
         "capture": loop.step.level,
@@ -180,6 +202,7 @@ def fit(
         "missing": missing,
         "autocast": None if autocast is None else str(autocast),
         "optimizer": described,
+        "alternate": None if turns is None else turns.described,
         "seed": seed,
         "n": len(rows),
         "batch_size": batch_size,
@@ -264,5 +287,9 @@ def _stopping(early_stopping: EarlyStopping | bool | None, held_out: Rows | None
     return rule
 
 
-def _named(recipe: Any) -> str | None:
-    return recipe if recipe is None or isinstance(recipe, str) else recipe.__name__
+def _guide_in_words(recipe: Any, guide: Any, amortized: bool | None) -> str:
+    if recipe is not None:
+        return recipe if isinstance(recipe, str) else str(recipe.__name__)
+    if guide is None:
+        return "mean_field"
+    return "per datum" if amortized is False else "given"

@@ -17,6 +17,7 @@ from pyro_lvm.capture.graph import CapturedStep, Level
 from pyro_lvm.capture.step import Step
 from pyro_lvm.data import Rows
 from pyro_lvm.errors import NonFiniteError, ProgramError
+from pyro_lvm.inference.alternate import Alternation
 from pyro_lvm.inference.bound import validation_elbo
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.epochs import Order
@@ -58,8 +59,9 @@ class Loop:
         total_steps: int,
         level: tuple[Level, str],
         autocast: torch.dtype | None = None,
+        alternation: Alternation | None = None,
     ) -> None:
-        self.prepared, self.order = prepared, order
+        self.prepared, self.order, self.alternation = prepared, order, alternation
         step = Step(prepared.bound, prepared.estimator, prepared.auxiliary_loss, parameters, len(order.rows), autocast)
         self.step = CapturedStep(step, *level)
         self.optimizer, self.schedule, self.parameters = optimizer, schedule, parameters
@@ -108,7 +110,11 @@ class Loop:
 
     def _epoch(self, number: int) -> None:
         for batch, share in self.order.epoch(number):
+            if self.alternation is not None:
+                self._exact_e_step(self.alternation)
             result = self.step(batch)
+            if self.alternation is not None:
+                self.alternation.hold()
             if self.grad_clip_norm is not None:
                 clip_grad_norm_(self.parameters, self.grad_clip_norm)
             self.optimizer.step()
@@ -116,9 +122,28 @@ class Loop:
                 self.schedule.step()
             self.steps_done += 1
             self.history.add_step(result, share)
+            if self.alternation is not None:
+                self.alternation.end_step(result)
             if self.steps_done == self.total_steps:
                 break
         self.history.end_epoch()
+
+    def _exact_e_step(self, alternation: Alternation) -> None:
+        try:
+            alternation.begin_step()
+        except RuntimeError as error:  # a decomposition refuses what the read-out would have found
+            wrong = self._not_finite()
+            if not wrong:
+                raise
+            self.prepared.bound.load(self.last_finite)
+            raise non_finite(self.history.epochs + 1, f"parameter {', '.join(wrong)}") from error
+
+    def _not_finite(self) -> list[str]:
+        """Names of the parameters that are not finite."""
+        finite = [(name, torch.isfinite(p).all()) for name, p in self.prepared.bound.trainable().items()]
+        if bool(torch.stack([flag for _, flag in finite]).all()):
+            return []
+        return [name for name, flag in finite if not bool(flag)]
 
     def _read_out(self) -> None:
         """Read the losses; see that all is finite and that nothing is left untrained."""
@@ -126,10 +151,9 @@ class Loop:
         snapshot = bound.snapshot()
         try:
             self.history.flush()
-            finite = [(name, torch.isfinite(p).all()) for name, p in bound.trainable().items()]
-            if not bool(torch.stack([flag for _, flag in finite]).all()):
+            wrong = self._not_finite()
+            if wrong:
                 # a finite loss may have an infinite gradient, and would be known to have only after the next step
-                wrong = [name for name, flag in finite if not bool(flag)]
                 raise non_finite(self.history.epochs, f"parameter {', '.join(wrong)}")
         except NonFiniteError:
             bound.load(self.last_finite)

@@ -17,6 +17,7 @@ from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import batch_to_trace
 from pyro_lvm.guides import is_recipe, make_guide
 from pyro_lvm.parameters import BoundProgram, Untouched, bind
+from pyro_lvm.per_datum import freed, nothing_to_replace
 from pyro_lvm.preflight.observations import check_support
 from pyro_lvm.preflight.pair import check_pair
 from pyro_lvm.preflight.rows import check_rows
@@ -42,6 +43,7 @@ class Request:
         seed: of initialisation.
         check: whether to check pair and data.
         fresh: whether modules that functions register are to be initialised again.
+        amortized: whether the guide stays as it is; else each datum gets parameters of its own.
     """
 
     program: Program
@@ -53,6 +55,7 @@ class Request:
     seed: int
     check: bool
     fresh: bool
+    amortized: bool = True
 
     @property
     def minibatches(self) -> bool:
@@ -170,7 +173,7 @@ def prepare(request: Request, untouched: Untouched, cast: list[str]) -> Prepared
     if request.held_out is not None:
         _refuse_rows_unknown(request.held_out, len(rows), bound, structure)
         _check_held_out(request.held_out, bound, request.check)
-    if program.guide is not None:
+    if program.guide is not None and request.amortized:
         initialize(program, rows, request.seed)
     if not bound.trainable():
         raise ProgramError(
@@ -187,7 +190,17 @@ def _bind(request: Request, first: Batch, meet: Callable[[nn.Module], None]) -> 
     program, rows = request.program, request.rows
     if program.guide is not None:
         bound = BoundProgram(program, None, rows.dtype, rows.device, meet)
+        structure = traced(bound.model, bound.guide, first)
+        if request.amortized:
+            return bound, structure
+        if request.check:  # while its lines are the user's
+            check_pair(bound, structure, make_estimator(request.elbo, structure), first)
+        initialize(program, rows, request.seed)
+        program = program.with_guide(freed(bound, structure, first, rows))
+        bound = BoundProgram(program, None, rows.dtype, rows.device)
         return bound, traced(bound.model, bound.guide, first)
+    if not request.amortized:
+        raise nothing_to_replace(program.name, "its guide is made from the model and is no function of the data")
     alone = BoundProgram(program.with_guide(lambda *args, **kwargs: None), None, rows.dtype, rows.device, meet)
     model_only = traced(alone.model, None, first)
     initialize(program, rows, request.seed)

@@ -17,10 +17,11 @@ from pyro_lvm.blocks import Blocks
 from pyro_lvm.exact import Parameters
 from pyro_lvm.missing import Missing, generator_for, has_missing
 from pyro_lvm.models.information_criteria import InformationCriteria
+from pyro_lvm.models.linear_gaussian_densities import condition, marginal_log_density, posterior_given
 from pyro_lvm.models.linear_gaussian_em import LinearGaussianEM, Moments
 from pyro_lvm.models.linear_gaussian_missing import impute_rows, observed_log_density, observed_posterior
 
-__all__ = ["LinearGaussianModel", "marginal_log_density", "posterior_given"]
+__all__ = ["LinearGaussianModel"]
 
 GuideCovariance = Literal["diag", "full"]
 
@@ -36,63 +37,6 @@ NOISE_FLOOR = 1e-3
 # per datum short where the third is asleep: two seeds in ten at three times this turn, none in ten at this one.)
 TURN_RATE = 0.06
 START_NOISE = {"diag": 0.7, "full": 0.3}
-
-
-def posterior_given(x: Tensor, loadings: Tensor, mean: Tensor, noise_scale: Tensor) -> dist.MultivariateNormal:
-    r"""Exact posterior of the factors of a linear-Gaussian model; its covariance is the same for every row.
-
-    .. math:: z \mid x \sim N(M^{-1} W^\top \Psi^{-1} (x - \mu),\; M^{-1}), \qquad M = I_L + W^\top \Psi^{-1} W
-
-    Args:
-        x: rows, shape (n, D).
-        loadings: :math:`W`, shape (D, L).
-        mean: :math:`\mu`, shape (D,).
-        noise_scale: standard deviations :math:`\Psi^{1/2}`, shape (D,) or ().
-
-    Returns:
-        A normal with batch shape (n,) and event shape (L,).
-    """
-    precision_root, loc = _condition(*_whiten(x, loadings, mean, noise_scale))
-    # L L^T = M gives M^{-1} = L^{-T} L^{-1}, whose lower factor is that of the explicit inverse
-    return dist.MultivariateNormal(loc, scale_tril=torch.linalg.cholesky(torch.cholesky_inverse(precision_root)))
-
-
-def marginal_log_density(x: Tensor, loadings: Tensor, mean: Tensor, noise_scale: Tensor) -> Tensor:
-    r"""Exact log density of the rows with the factors integrated out, by Woodbury's identity.
-
-    .. math::
-        \log p(x) = -\tfrac12 \bigl[ D \log 2\pi + \log|\Psi| + \log|M| + \|r - V \hat z\|^2 + \|\hat z\|^2 \bigr],
-        \quad r = \Psi^{-1/2}(x - \mu),\; V = \Psi^{-1/2} W,\; M = I_L + V^\top V,\; \hat z = M^{-1} V^\top r
-
-    The two squares replace the textbook difference :math:`r^\top r - \hat z^\top M \hat z`, which cancels when the
-    noise is small. Costs O(n D L), no D x D matrix is ever formed.
-
-    Args:
-        x: rows, shape (n, D).
-        loadings: :math:`W`, shape (D, L).
-        mean: :math:`\mu`, shape (D,).
-        noise_scale: standard deviations :math:`\Psi^{1/2}`, shape (D,) or ().
-
-    Returns:
-        Nats per datum, shape (n,).
-    """
-    residual, whitened_loadings = _whiten(x, loadings, mean, noise_scale)
-    precision_root, z = _condition(residual, whitened_loadings)
-    square = (residual - z @ whitened_loadings.mT).square().sum(-1) + z.square().sum(-1)
-    log_noise = noise_scale.log().expand(mean.shape).sum()
-    return -0.5 * (square + mean.shape[-1] * math.log(2 * math.pi)) - log_noise - precision_root.diagonal().log().sum()
-
-
-def _whiten(x: Tensor, loadings: Tensor, mean: Tensor, noise_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Residuals (n, D) and loadings (D, L) in units of the noise."""
-    return (x - mean) / noise_scale, loadings / noise_scale.expand(mean.shape).unsqueeze(-1)
-
-
-def _condition(residual: Tensor, whitened_loadings: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factor (L, L) of the posterior precision and posterior means (n, L)."""
-    identity = torch.eye(whitened_loadings.shape[-1], dtype=residual.dtype, device=residual.device)
-    precision_root = torch.linalg.cholesky(identity + whitened_loadings.mT @ whitened_loadings)
-    return precision_root, torch.cholesky_solve((residual @ whitened_loadings).mT, precision_root).mT
 
 
 class LinearGaussianModel(InformationCriteria, nn.Module):
@@ -280,6 +224,33 @@ class LinearGaussianModel(InformationCriteria, nn.Module):
         return LinearGaussianEM(
             data, moments, self.latent_dim, one_noise, lowest, start, lambda found: self.set_parameters(**found)
         )
+
+    @torch.no_grad()
+    def solve_guide(self) -> None:
+        r"""Set the guide to the exact posterior under the model as it is: an E-step without gradients.
+
+        A diagonal guide can be exact only where :math:`W^\top \Psi^{-1} W` is diagonal, so there the loadings are
+        rotated as in `set_parameters`, which the density of the data does not feel. A full guide leaves them alone.
+        """
+        whitened = self.loadings / self.noise_scale.expand(self.num_features).unsqueeze(-1)
+        if self.guide_covariance == "full":
+            precision_root, _ = condition(torch.zeros_like(whitened.mT), whitened)
+            weight = torch.cholesky_solve(whitened.mT, precision_root) / self.noise_scale
+            factor = torch.linalg.cholesky(torch.cholesky_inverse(precision_root))
+            raw_scale = factor.tril(-1) + _inverse_softplus(factor.diagonal()).diag()
+        else:
+            _, singular_values, rotation = torch.linalg.svd(whitened, full_matrices=False)
+            # columns keep their sign from one call to the next: an optimiser remembers which way they went
+            rotation = rotation * torch.where(rotation.diagonal() < 0, -1.0, 1.0).to(rotation).unsqueeze(-1)
+            standard = self.loadings @ rotation.mT / self.scale.expand(self.num_features).unsqueeze(-1)
+            if self._turn is not None:
+                self._turn.zero_()
+            self._standard_loadings.copy_(standard)
+            variance = 1 / (1 + singular_values.square())
+            weight = variance.unsqueeze(-1) * (whitened @ rotation.mT).mT / self.noise_scale
+            raw_scale = _inverse_softplus(variance.sqrt())
+        self._standard_guide_weight.copy_(weight * self.scale)
+        self._unconstrained_guide_scale.copy_(raw_scale)
 
     # The pieces of model and guide.
 
