@@ -14,7 +14,7 @@ from pyro_lvm.blocks import Blocks
 from pyro_lvm.data import as_rows
 
 REFERENCE = "pyro_lvm"
-ITERATIONS = 5
+ITERATIONS = 10
 
 
 def comparisons(tiny: bool = False, everything: bool = False) -> Iterator[Comparison]:

@@ -18,6 +18,9 @@ from typing import Any
 
 Burst = Callable[[], Any]
 
+REST = 0.2
+"""Seconds before a burst: threads of the last contender's linear algebra wait busily, and then go to sleep."""
+
 
 class Skip(Exception):
     """Why a contender cannot run here."""
@@ -61,6 +64,7 @@ class Contender:
     def run(self) -> None:
         """Take one burst, timed per step."""
         assert self.burst is not None, "prepare comes first"
+        time.sleep(REST)
         start, cpu = time.perf_counter(), time.process_time()
         self.burst()
         self.cpu_seconds += time.process_time() - cpu

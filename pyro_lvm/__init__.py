@@ -15,6 +15,7 @@ from pyro_lvm.inference.em import em
 from pyro_lvm.inference.fit import fit
 from pyro_lvm.inference.mcmc import mcmc
 from pyro_lvm.inference.record import Fit
+from pyro_lvm.inference.select import Candidate, Selection, select
 from pyro_lvm.models.bayesian_ppca import BayesianPPCA
 from pyro_lvm.models.factor_analysis import FactorAnalysis
 from pyro_lvm.models.gaussian_mixture import GaussianMixture
@@ -32,6 +33,7 @@ __all__ = [
     "VAE",
     "AmortizationGap",
     "BayesianPPCA",
+    "Candidate",
     "Chains",
     "EarlyStopping",
     "FactorAnalysis",
@@ -42,6 +44,7 @@ __all__ = [
     "ProgramError",
     "ProgramWarning",
     "Report",
+    "Selection",
     "SemiSupervisedVAE",
     "align_components",
     "amortization_gap",
@@ -58,5 +61,6 @@ __all__ = [
     "networks",
     "plots",
     "priors",
+    "select",
     "testing",
 ]

@@ -30,7 +30,7 @@ class Blocks:
     """
 
     rows: Rows
-    rows_at_once: int = 2048
+    rows_at_once: int = 4096
 
     def __len__(self) -> int:
         return len(self.rows)

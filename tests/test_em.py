@@ -17,6 +17,7 @@ import pyro_lvm as lvm
 from pyro_lvm.blocks import Blocks
 from pyro_lvm.data import as_rows
 from pyro_lvm.exact import Expectation
+from pyro_lvm.models import mixture_statistics
 
 KINDS = ("full", "tied", "diag", "spherical")
 PPCA = {
@@ -268,6 +269,32 @@ def test_blocks_add_up_to_the_whole():
     for objective, covariances in ends[1:]:
         assert objective == pytest.approx(ends[0][0], abs=1e-9)
         torch.testing.assert_close(covariances, ends[0][1], atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_statistics_are_what_measuring_every_row_gives(kind, monkeypatch):
+    x, given = clusters() * torch.tensor([1.0, 1e4, 1e-4]) + 1e3, responsibilities(200, 3)
+    ends = []
+    for most in (mixture_statistics.MOST_CANCELLATION, 0.0):
+        monkeypatch.setattr(mixture_statistics, "MOST_CANCELLATION", most)
+        ends.append(climbed(lvm.GaussianMixture(3, 3, covariance=kind, reg_covar=1e-12), x, init=given, max_iter=15))
+    assert ends[0].elbo == pytest.approx(ends[1].elbo, abs=1e-9)
+    for name, value in ends[0].params.items():
+        torch.testing.assert_close(value, ends[1].params[name], rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["full", "diag"])
+def test_narrow_components_far_apart_keep_their_digits(kind):
+    generator = np.random.default_rng(0)
+    side = np.arange(400) % 2
+    x = generator.normal(size=(400, 2)) * 1e-5 + np.where(side, 1.0, -1.0)[:, None]
+    mixture = lvm.GaussianMixture(2, 2, covariance=kind, reg_covar=0.0)
+    fit = climbed(mixture, torch.tensor(x), init=np.eye(2)[side], max_iter=20)
+    right = np.stack([np.cov(x[side == k].T, bias=True) for k in (0, 1)])
+    found = oracles.gaussian_mixture_matrices(mixture.covariances.detach().numpy(), kind, 2, 2)
+    diagonal = np.eye(2, dtype=bool) if kind == "diag" else np.ones((2, 2), dtype=bool)
+    np.testing.assert_allclose(found[:, diagonal], right[:, diagonal], rtol=1e-8, atol=1e-18)
+    assert (np.diff(fit.history["elbo"]) >= -1e-9).all()
 
 
 def test_single_precision_is_computed_in_double():

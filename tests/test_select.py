@@ -59,6 +59,7 @@ def test_rows_held_out_are_the_same_for_all_and_unseen():
     assert float((total - seen) / 75) == pytest.approx(chosen["K=1"].score, abs=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")
 def test_leave_one_out_of_bayesian_mixtures():
     x = three_clusters(n=90)
     candidates = mixtures(prior=lvm.priors.weakly_informative(x, 3))

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,11 +39,13 @@ from pyro_lvm.models.mixture_densities import Covariance
 from pyro_lvm.models.mixture_initialization import best_of_short_runs
 from pyro_lvm.models.mixture_missing import conditionals
 from pyro_lvm.models.mixture_mode import log_prior, posterior_mode
+from pyro_lvm.models.mixture_statistics import QuadraticStatistics
 from pyro_lvm.priors import NormalInverseWishart
 
 __all__ = ["MixtureEM", "Moments", "nearest"]
 
 _SAMPLE = 20_000  # rows to find a start on
+_ELEMENTS = 2**23  # of one block: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,24 @@ class MixtureEM:
         prior: NormalInverseWishart | None,
         write: Callable[[Parameters], None],
     ) -> None:
-        self.data, self.num_components, self.covariance = data, num_components, covariance
+        self.num_components, self.covariance = num_components, covariance
         self.prior, self.apply = prior, write
         self.has_matrices = covariance in ("full", "tied")
         self.sample = data.sample(max(_SAMPLE, 20 * num_components), seed=0)
         self.center = torch.nanmean(self.sample, 0).nan_to_num(0.0)
-        widest = torch.nanmean((self.sample - self.center).square(), 0).nan_to_num(0.0).max().item()
+        deviation = self.sample - self.center
+        variances = torch.nanmean(deviation.square(), 0).nan_to_num(0.0)
+        widest = variances.max().item()
+        unit = torch.where(variances > 0, variances, torch.ones_like(variances)).sqrt()
+        farthest = float((deviation / unit).nan_to_num(0.0).square().sum(-1).max())
+        self.statistics = QuadraticStatistics(self.center, unit, farthest, self.has_matrices)
+        # what a row takes where it is measured in every component, or conditioned on what is seen of it
+        features = len(self.center)
+        per_row = num_components * features * (features if bool(self.sample.isnan().any()) else 1)
+        self.data = replace(data, rows_at_once=min(data.rows_at_once, max(1, _ELEMENTS // per_row)))
         # rounding alone makes the covariance of collinear features indefinite by about this much
-        self.floor = max(reg_covar, 1e-12 * widest, 1e-300)
-        self.reg_covar = reg_covar
+        self.floor, self.reg_covar = max(reg_covar, 1e-12 * widest, 1e-300), reg_covar
+        self._has_missing: bool | None = None  # the first walk over the data will tell
         self._rooms = [self.center.new_empty(0), self.center.new_empty(0)]
 
     # ---------------------------------------------------------------------------------------------------- the start
@@ -159,11 +170,20 @@ class MixtureEM:
     def expectation(self, parameters: Parameters) -> Expectation:
         """Responsibilities, and sums of rows weighted by them; log p(x) + log p(theta), nats of the data set."""
         state = self._whitened(parameters)
+        penalty = 0.0 if self.prior is None else float(log_prior(parameters, self.prior, self.covariance))
+        fits = self.statistics.count * self.data.rows_at_once <= _ELEMENTS
+        if self._has_missing is False and fits and self.statistics.is_exact_enough(state["inverse"]):
+            coefficients = self.statistics.coefficients(state["constant"].squeeze(-1), state["locs"], state["inverse"])
+            log_evidence, summed = self.data.total(lambda x: self._product(x, coefficients))
+            return Expectation(float(log_evidence) + penalty, Moments(*self.statistics.moments(summed)))
+        self._has_missing = False
         log_evidence, *sums = self.data.total(lambda x: self._block(x, state))
-        objective = float(log_evidence)
-        if self.prior is not None:
-            objective += float(log_prior(parameters, self.prior, self.covariance))
-        return Expectation(objective, self._moments(tuple(sums), state))
+        return Expectation(float(log_evidence) + penalty, self._moments(tuple(sums), state))
+
+    def _product(self, x: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        table = self.statistics.of(x)
+        log_evidence, responsibilities = _normalised(coefficients @ table)
+        return log_evidence, responsibilities @ table.mT
 
     def _whitened(self, parameters: Parameters) -> Parameters:
         """Factors of the covariances, their inverses, and the part of log p(x, k) that x has no part in, (K, 1)."""
@@ -179,6 +199,7 @@ class MixtureEM:
         else:
             each = covariances.unsqueeze(-1).expand_as(locs) if self.covariance == "spherical" else covariances
             factor = each.sqrt()
+            state["inverse"] = 1 / factor
             log_det = factor.log().sum(-1)
         state["factor"] = factor
         state["constant"] = (parameters["weights"].log() - log_det).unsqueeze(-1)
@@ -186,6 +207,7 @@ class MixtureEM:
 
     def _block(self, x: Tensor, state: Parameters) -> tuple[Tensor, ...]:
         if bool(x.isnan().any()):
+            self._has_missing = True
             return self._block_with_missing(x, state)
         y = self._deviations(x, state)
         squares = torch.mul(y, y, out=self._room(1, y.shape))
@@ -196,7 +218,7 @@ class MixtureEM:
 
     def _deviations(self, x: Tensor, state: Parameters) -> Tensor:
         """Rows in units of each component, (K, D, b)."""
-        if "inverse" in state:
+        if state.get("inverse", self.center).dim() == 3:
             k, features, _ = state["inverse"].shape
             rows = (x - self.center).mT
             flat = self._room(0, torch.Size((k * features, len(x))))
