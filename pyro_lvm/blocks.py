@@ -20,7 +20,8 @@ class Blocks:
 
     Attributes:
         rows: the data, with exactly one array in it.
-        rows_at_once: rows in a block; a loader's batches are as large as it makes them.
+        rows_at_once: rows in a block, no power of two, whose columns would fall on one another in the cache; a loader's
+            batches are as large as it makes them.
 
     Example:
         >>> import torch
@@ -30,7 +31,7 @@ class Blocks:
     """
 
     rows: Rows
-    rows_at_once: int = 4096
+    rows_at_once: int = 4000
 
     def __len__(self) -> int:
         return len(self.rows)

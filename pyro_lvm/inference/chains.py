@@ -80,7 +80,7 @@ class Chains:
             seed: of the draws of sites that were summed out; None for fresh ones.
 
         Returns:
-            A `Posterior`; draws have shape (num_draws, *plates, *event), and its ``log_q`` is None.
+            A `Posterior`; draws have shape ``(num_draws, *plates, *event)``, and its ``log_q`` is None.
 
         Raises:
             ProgramError: if ``x`` are other data and a site has a value for each datum.
