@@ -444,6 +444,7 @@ def test_an_empty_component_is_told():
         ({"init": {"weights": torch.ones(2)}}, "init has weights: pass weights"),
         ({"max_iter": 0}, "max_iter is 0"),
         ({"n_init": 0}, "n_init is 0"),
+        ({"n_init": 2, "init": torch.zeros(2, 3)}, "n_init=2 starts from one init"),
         ({"tol": -1.0}, "tol is -1.0"),
         ({"missing": "drop"}, "missing='drop' is not known"),
     ],
@@ -575,8 +576,26 @@ def test_a_program_of_ones_own_has_em_by_one_method():
     torch.testing.assert_close(fit.params["chances"], gradients.params["chances"], atol=1e-4, rtol=0)
 
 
+def test_pressing_ctrl_c_keeps_what_there_is(monkeypatch):
+    counted = CoinSteps.maximisation
+    calls = []
+
+    def interrupted(self, parameters, statistics):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return counted(self, parameters, statistics)
+
+    monkeypatch.setattr(CoinSteps, "maximisation", interrupted)
+    coin = Coin()
+    fit = lvm.em(coin, throws(), tol=0.0, n_init=5)
+    assert fit.info["stopped"] == "interrupted after 2 iterations"
+    assert len(fit.history["elbo"]) == 2
+    assert torch.equal(coin.chances.detach(), fit.params["chances"])
+
+
 def test_a_wrong_m_step_is_found_out():
     coin = Coin(fault=0.9)
-    with pytest.raises(RuntimeError, match="iteration 1: the M-step lowered the bound"):
+    with pytest.raises(lvm.ProgramError, match="iteration 1: the M-step lowered the bound"):
         lvm.em(coin, throws())
     assert torch.equal(coin.chances.detach(), torch.tensor([0.3, 0.6], dtype=torch.float64))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import operator
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +13,7 @@ import torch
 from pyro_lvm.data import Rows, as_rows
 from pyro_lvm.errors import NonFiniteError, ProgramError
 from pyro_lvm.evaluation import fresh_seed
+from pyro_lvm.inference.iterations import check_iterations, surroundings
 from pyro_lvm.inference.prepare import placed, resolve
 from pyro_lvm.inference.record import Fit
 from pyro_lvm.parameters import BoundProgram, Untouched, isolated
@@ -123,7 +121,7 @@ def coordinate_ascent(
                 [ 1.5000]], dtype=torch.float64)
     """
     started = time.perf_counter()
-    _check_arguments(max_iter, tol, n_init, init)
+    check_iterations(max_iter, tol, n_init, init)
     resolved, _ = resolve(program, None)
     hook = resolved.hook("coordinate_updates")
     if hook is None:
@@ -163,11 +161,7 @@ def coordinate_ascent(
         "seconds": time.perf_counter() - started,
         "stopped": best.stopped,
         "elbo_se": 0.0,
-        "cast": ", ".join(cast) or None,
-        "dtype": str(rows.dtype),
-        "device": str(rows.device),
-        "versions": {name: version(name) for name in ("torch", "pyro-ppl")} | {"python": platform.python_version()},
-    }
+    } | surroundings(rows, cast)
     return Fit(
         program=program,
         params=bound.constrained(),
@@ -177,20 +171,6 @@ def coordinate_ascent(
         _bound=bound,
         _snapshot=bound.snapshot(),
     )
-
-
-def _check_arguments(max_iter: int, tol: float, n_init: int, init: Any) -> None:
-    for name, count in (("max_iter", max_iter), ("n_init", n_init)):
-        try:
-            operator.index(count)
-        except TypeError:
-            raise TypeError(f"{name} is {count!r}: it must be a whole number") from None
-        if count < 1:
-            raise ValueError(f"{name} is {count}: it must be at least 1")
-    if not tol >= 0:
-        raise ValueError(f"tol is {tol}: it must be a gain in nats per datum, 0 or more, for example 1e-6")
-    if init is not None and n_init > 1:
-        raise ValueError(f"n_init={n_init} starts from one init would all be the same: drop init, or pass n_init=1")
 
 
 def _see_that_data_fit(program: Program, rows: Rows) -> None:

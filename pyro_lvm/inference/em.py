@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,6 +17,7 @@ from pyro_lvm.evaluation import fresh_seed
 from pyro_lvm.exact import ExpectationMaximisation, Parameters
 from pyro_lvm.guides import make_guide
 from pyro_lvm.inference.bound import mean_elbo
+from pyro_lvm.inference.iterations import check_iterations, surroundings
 from pyro_lvm.inference.prepare import placed
 from pyro_lvm.inference.record import Fit
 from pyro_lvm.missing import marginalizing, require_missing
@@ -33,15 +32,15 @@ ROUNDING = 1e-9
 """The bound may fall by so much of n and of itself: sums of n terms are no more exact."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Climb:
-    """One run: where it ended, and the bound in nats of the data set before and after each E-step."""
+    """One run: where it is, and the bound in nats of the data set after each M-step and each E-step."""
 
     parameters: Parameters
     objective: float
-    after_m: list[float]
-    after_e: list[float]
-    stopped: str
+    after_m: list[float] = field(default_factory=list)
+    after_e: list[float] = field(default_factory=list)
+    stopped: str = ""
 
 
 def em(
@@ -95,9 +94,8 @@ def em(
         set. With ``hard`` only ``loss``, the inertia in squared units of the data.
 
     Raises:
-        ProgramError: if the program has no closed forms.
+        ProgramError: if the program has no closed forms, or its bound falls by more than rounding.
         ValueError: if data or ``init`` do not fit the program, or an argument is out of range.
-        RuntimeError: if the bound falls by more than rounding: a step is not what it says.
 
     Warns:
         ProgramWarning: if a component ends without rows, or the last iteration still gained more than ``tol``.
@@ -114,11 +112,7 @@ def em(
                 [ 2.]])
     """
     started = time.perf_counter()
-    for name, value in (("max_iter", max_iter), ("n_init", n_init)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
-    if not tol >= 0:
-        raise ValueError(f"tol is {tol}: it must not be negative; 0 runs all max_iter iterations")
+    check_iterations(max_iter, tol, n_init, init)
     resolved = as_program(program)
     seed = fresh_seed() if seed is None else seed
     untouched = Untouched(resolved.modules.values())
@@ -128,7 +122,11 @@ def em(
             if missing is not None:
                 resolved = marginalizing(resolved, rows)
             steps = _steps(resolved, rows, hard)
-            climbs = [_climb(steps, init, seed + number, max_iter, tol, len(rows), hard) for number in range(n_init)]
+            climbs: list[_Climb] = []
+            for number in range(n_init):
+                climbs.append(_climb(steps, init, seed + number, max_iter, tol, len(rows)))
+                if climbs[-1].stopped.startswith("interrupted"):
+                    break
             best = max(climbs, key=lambda climb: climb.objective)
             steps.apply(best.parameters)
             bound, structure = _bound(resolved, rows)
@@ -151,11 +149,7 @@ def em(
         "stopped": best.stopped,
         "elbo_se": 0.0,
         "missing": missing,
-        "cast": ", ".join(cast) or None,
-        "dtype": str(rows.dtype),
-        "device": str(rows.device),
-        "versions": {name: version(name) for name in ("torch", "pyro-ppl")} | {"python": platform.python_version()},
-    }
+    } | surroundings(rows, cast)
     return Fit(
         program=program,
         params=bound.constrained(),
@@ -181,34 +175,40 @@ def _steps(program: Program, rows: Rows, hard: bool) -> ExpectationMaximisation:
     return steps
 
 
-def _climb(
-    steps: ExpectationMaximisation, init: Any, seed: int, max_iter: int, tol: float, n: int, hard: bool
-) -> _Climb:
-    """Climb from one start until an iteration gains less than ``tol`` nats per datum."""
+def _climb(steps: ExpectationMaximisation, init: Any, seed: int, max_iter: int, tol: float, n: int) -> _Climb:
+    """Climb from one start until an iteration gains less than ``tol`` nats per datum, or Ctrl-C is pressed."""
     parameters = steps.start(init, seed)
     found = steps.expectation(parameters)
-    after_m: list[float] = []
-    after_e: list[float] = []
-    stopped = f"max_iter={max_iter} reached"
-    for iteration in range(1, max_iter + 1):
-        before = found.objective
-        parameters, gain = steps.maximisation(parameters, found.statistics)
-        found = steps.expectation(parameters)
-        after_m.append(before + gain)
-        after_e.append(found.objective)
-        slack = ROUNDING * (n + abs(before))
-        # the negated comparisons also catch NaN
-        if not gain >= -slack or not found.objective >= before + gain - slack:
-            step = "M-step" if not gain >= -slack else "E-step"
-            raise RuntimeError(
-                f"iteration {iteration}: the {step} lowered the bound, from {before:.10g} by {gain:.3g} to "
-                f"{found.objective:.10g} nats: the program's expectation_maximisation is not what it says, or x holds "
-                "values too far apart for double precision (subtract their mean)"
-            )
-        if found.objective - before <= tol * n:
-            stopped = f"converged after {iteration} iterations"
-            break
-    return _Climb(parameters, found.objective, after_m, after_e, stopped)
+    climb = _Climb(parameters, found.objective)
+    try:
+        for iteration in range(1, max_iter + 1):
+            before = found.objective
+            parameters, gain = steps.maximisation(climb.parameters, found.statistics)
+            found = steps.expectation(parameters)
+            _refuse_fall(before, gain, found.objective, n, iteration)
+            climb.parameters, climb.objective = parameters, found.objective
+            climb.after_m.append(before + gain)
+            climb.after_e.append(found.objective)
+            if found.objective - before <= tol * n:
+                climb.stopped = f"converged after {iteration} iterations"
+                return climb
+    except KeyboardInterrupt:
+        climb.stopped = f"interrupted after {len(climb.after_e)} iterations"
+        return climb
+    climb.stopped = f"max_iter={max_iter} reached"
+    return climb
+
+
+def _refuse_fall(before: float, gain: float, after: float, n: int, iteration: int) -> None:
+    slack = ROUNDING * (n + abs(before))
+    # the negated comparisons also catch NaN
+    if not gain >= -slack or not after >= before + gain - slack:
+        step = "M-step" if not gain >= -slack else "E-step"
+        raise ProgramError(
+            f"iteration {iteration}: the {step} lowered the bound, from {before:.10g} by {gain:.3g} to {after:.10g} "
+            "nats: the program's expectation_maximisation is not what it says, or x holds values too far apart for "
+            "double precision (subtract their mean)"
+        )
 
 
 def _bound(program: Program, rows: Rows) -> tuple[BoundProgram, Structure]:
@@ -241,7 +241,7 @@ def _history(climb: _Climb, n: int, hard: bool) -> dict[str, Any]:
 
 
 def _doubts(climb: _Climb, bound: BoundProgram) -> Iterator[str]:
-    if not climb.stopped.startswith("converged"):
+    if climb.stopped.startswith("max_iter"):
         last = climb.after_e[-1] - (climb.after_e[-2] if len(climb.after_e) > 1 else climb.after_m[-1])
         yield f"EM stopped with {climb.stopped}; its last iteration still gained {last:.3g} nats: raise max_iter"
     weights = bound.constrained().get("weights")

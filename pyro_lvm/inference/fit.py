@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import operator
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -27,6 +25,7 @@ from pyro_lvm.inference.alternate import Alternate, alternation, require_alterna
 from pyro_lvm.inference.bound import mean_elbo
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.epochs import Order, strata_of
+from pyro_lvm.inference.iterations import surroundings
 from pyro_lvm.inference.loop import Loop, Watch
 from pyro_lvm.inference.optimisation import make_optimizer
 from pyro_lvm.inference.prepare import Request, placed, prepare, reset, resolve
@@ -212,11 +211,7 @@ def fit(
         "stopped": stopped,
         "elbo_se": evaluated.standard_error,
         "elbo_passes": evaluated.passes,
-        "cast": ", ".join(cast) or None,
-        "dtype": str(rows.dtype),
-        "device": str(rows.device),
-        "versions": {name: version(name) for name in ("torch", "pyro-ppl")} | {"python": platform.python_version()},
-    }
+    } | surroundings(rows, cast)
     return Fit(
         program=program,
         params=prepared.bound.constrained(),

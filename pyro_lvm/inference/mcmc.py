@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
-import platform
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from pyro_lvm.errors import ProgramWarning
 from pyro_lvm.evaluation import fresh_seed
 from pyro_lvm.guides import GivenDraws
 from pyro_lvm.inference.chains import Chains
+from pyro_lvm.inference.iterations import surroundings
 from pyro_lvm.inference.nuts import Chain, Settings, run_chain
 from pyro_lvm.inference.prepare import placed
 from pyro_lvm.inference.walkable import Walkable, make_walkable, missing_unmasked
@@ -163,11 +162,7 @@ def mcmc(
         "potential": how,
         "data_plate": walkable.structure.data_plate,
         "seconds": time.perf_counter() - started,
-        "cast": ", ".join(cast) or None,
-        "dtype": str(rows.dtype),
-        "device": str(rows.device),
-        "versions": {name: version(name) for name in ("torch", "pyro-ppl")} | {"python": platform.python_version()},
-    }
+    } | surroundings(rows, cast)
     doubt = _doubt(info)
     if doubt is not None:
         warnings.warn(doubt, ProgramWarning, stacklevel=2)
