@@ -325,7 +325,7 @@ def _refuse_non_finite(array: Any, name: str, missing: bool = False, rows_at_onc
         row = int((~finite.flatten(1).all(-1) if finite.dim() > 1 else ~finite).nonzero()[0])
         nan = not missing and (block != block).any()
         edit = "drop or impute those rows"
-        edit += ", or integrate out what is missing with missing='marginalize'" if nan else " before fitting"
+        edit += ", or let fit or em integrate them out with missing='marginalize'" if nan else " before fitting"
         raise ValueError(
             f"{name} holds {'NaN' if nan else 'infinite'} values ({int((~finite).sum())} in rows {start} to "
             f"{start + len(block) - 1}, the first in row {start + row}): {edit}"

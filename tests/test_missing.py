@@ -392,6 +392,8 @@ def test_holes_that_nobody_spoke_of():
     ):
         with pytest.raises(ValueError, match="missing='marginalize'"):
             call()
+    with pytest.raises(ValueError, match="hard=True measures distances"):
+        lvm.em(lvm.GaussianMixture(2, 4), x, hard=True, seed=0, **MISSING)
     with pytest.raises(lvm.ProgramError, match="fit again with missing='marginalize'"):
         lvm.fit(lvm.PPCA(4, 1), iris(), steps=1).impute(x)
 

@@ -35,6 +35,11 @@ class KMeans:
         """Each row to its nearest mean."""
 
         def sums(x: Tensor) -> tuple[Tensor, ...]:
+            if bool(x.isnan().any()):
+                raise ValueError(
+                    "hard=True measures distances, which rows with missing values do not have: drop hard=True, or "
+                    "drop those rows"
+                )
             assigned, squares = nearest(x, parameters["locs"])
             return squares.sum(), assigned.sum(-1, keepdim=True), assigned @ (x - self.steps.center)
 
