@@ -253,11 +253,12 @@ def test_mean_field_has_the_means_and_is_too_narrow(reference):
 
 
 def test_divergences_are_counted_and_said():
-    message = r"not to be trusted yet: \d+ of 160 trajectories diverged.*'(mu|tau|theta)'.*target_accept_prob=0\.95"
+    message = r"not to be trusted yet: \d+ of 600 trajectories diverged.*'(mu|tau|theta)'.*target_accept_prob=0\.95"
     with pytest.warns(lvm.ProgramWarning, match=message):
-        chains = lvm.mcmc(centred_schools, SCHOOLS, num_draws=80, num_warmup=20, num_chains=2, seed=3)
+        # some chain diverges from every seed tried
+        chains = lvm.mcmc(centred_schools, SCHOOLS, num_draws=150, num_warmup=20, num_chains=4, seed=2)
     diverging = chains.statistics["diverging"]
-    assert diverging.shape == (2, 80)
+    assert diverging.shape == (4, 150)
     assert diverging.dtype == torch.bool
     assert chains.info["divergences"] == diverging.sum(1).tolist()
     assert sum(chains.info["divergences"]) > 0
