@@ -36,7 +36,6 @@ __all__ = [
     "Missing",
     "MissingValues",
     "ObservedPart",
-    "generator_for",
     "has_missing",
     "marginalizing",
     "require_missing",
@@ -246,16 +245,6 @@ def has_missing(x: Tensor, missing: Missing) -> bool:
             "missing='marginalize' to integrate out what is missing"
         )
     return holds
-
-
-def generator_for(seed: int | None, device: torch.device) -> torch.Generator:
-    """A generator of its own, seeded, or with the system's entropy."""
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
 
 
 def require_missing(missing: str | None) -> bool:

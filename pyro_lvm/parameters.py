@@ -21,10 +21,20 @@ from pyro_lvm.declaration import declared_at
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.program import Program, batch_arguments, restore_mode, training_mode
 
-__all__ = ["BoundProgram", "Snapshot", "Untouched", "isolated"]
+__all__ = ["BoundProgram", "Snapshot", "Untouched", "generator_for", "isolated"]
 
 Snapshot = Mapping[str, Tensor]
 """Cloned unconstrained parameters and buffers by name; see `BoundProgram.snapshot`."""
+
+
+def generator_for(seed: int | None, device: torch.device) -> torch.Generator:
+    """A generator of its own, seeded, or with the system's entropy."""
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import time
 import warnings
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from pyro_lvm.errors import ProgramWarning
 from pyro_lvm.evaluation import fresh_seed
 from pyro_lvm.guides import GivenDraws
 from pyro_lvm.inference.chains import Chains
-from pyro_lvm.inference.iterations import surroundings
+from pyro_lvm.inference.iterations import require_counts, surroundings
 from pyro_lvm.inference.nuts import Chain, Settings, run_chain
 from pyro_lvm.inference.prepare import placed
 from pyro_lvm.inference.walkable import Walkable, make_walkable, missing_unmasked
@@ -107,7 +106,7 @@ def mcmc(
         True
     """
     started = time.perf_counter()
-    _require_counts(num_draws=num_draws, num_warmup=num_warmup, num_chains=num_chains, max_tree_depth=max_tree_depth)
+    require_counts(num_draws=num_draws, num_warmup=num_warmup, num_chains=num_chains, max_tree_depth=max_tree_depth)
     if not 0 < target_accept_prob < 1:
         raise ValueError(f"target_accept_prob is {target_accept_prob}: it must lie between 0 and 1, such as 0.8")
     if not isinstance(full_mass, bool):
@@ -129,10 +128,10 @@ def mcmc(
     del untouched
     bound, density, snapshot = walkable.bound, walkable.density, walkable.bound.snapshot()
     settings = Settings(num_draws, num_warmup, target_accept_prob, max_tree_depth, full_mass)
-    with isolated(preparation, validate=False), bound.holding(snapshot):
-        potential, how = _potential(walkable, num_chains * (num_draws + num_warmup), resolved.name)
-    chains: list[Chain] = []
     steps = num_chains * (num_draws + num_warmup)
+    with isolated(preparation, validate=False), bound.holding(snapshot):
+        potential, how = _potential(walkable, steps, resolved.name)
+    chains: list[Chain] = []
     with tqdm(total=steps, unit="step", disable=None if progress is None else not progress) as bar:
         for number, stream in enumerate(streams, 1):
             bar.set_description(f"chain {number} of {num_chains}", refresh=False)
@@ -140,8 +139,7 @@ def mcmc(
                 chains.append(run_chain(density, potential, settings, bar.update))
     draws = {site.name: torch.stack([chain.draws[site.name] for chain in chains]) for site in density.sites}
     given.fill(density.sites, {name: value.flatten(0, 1) for name, value in draws.items()})
-    named = {site.name: draws[site.name] for site in density.sites}
-    diagnosed = convergence(named)
+    diagnosed = convergence(draws)
     statistics = {name: torch.stack([c.statistics[name] for c in chains]) for name in chains[0].statistics}
     info: dict[str, Any] = {
         "program": resolved.name,
@@ -167,16 +165,6 @@ def mcmc(
     if doubt is not None:
         warnings.warn(doubt, ProgramWarning, stacklevel=2)
     return Chains(program, draws, statistics, info, bound, snapshot, rows)
-
-
-def _require_counts(**counts: Any) -> None:
-    for name, count in counts.items():
-        try:
-            operator.index(count)
-        except TypeError:
-            raise TypeError(f"{name} is {count!r}: it must be a whole number") from None
-        if count < 1:
-            raise ValueError(f"{name} is {count}: it must be at least 1")
 
 
 def _streams(seed: int, count: int) -> list[int]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyro_lvm.blocks import Blocks
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.exact import ExpectationMaximisation
-from pyro_lvm.missing import Missing, generator_for, has_missing
+from pyro_lvm.missing import Missing, has_missing
 from pyro_lvm.models.conjugate_mixture import ConjugateFactors
 from pyro_lvm.models.conjugate_mixture_guide import ConjugateMixtureGuide
 from pyro_lvm.models.information_criteria import InformationCriteria
@@ -37,6 +37,7 @@ from pyro_lvm.models.mixture_missing import impute_rows, observed_log_joint
 from pyro_lvm.models.mixture_parameters import MixtureParameters
 from pyro_lvm.models.mixture_prior import conjugate_prior, fitting_concentration, prior_sites
 from pyro_lvm.models.mixture_updates import MixtureUpdates
+from pyro_lvm.parameters import generator_for
 from pyro_lvm.priors import NormalInverseWishart
 
 __all__ = ["GaussianMixture"]

@@ -15,11 +15,12 @@ from torch.nn.functional import softplus
 
 from pyro_lvm.blocks import Blocks
 from pyro_lvm.exact import Parameters
-from pyro_lvm.missing import Missing, generator_for, has_missing
+from pyro_lvm.missing import Missing, has_missing
 from pyro_lvm.models.information_criteria import InformationCriteria
 from pyro_lvm.models.linear_gaussian_densities import condition, marginal_log_density, posterior_given
 from pyro_lvm.models.linear_gaussian_em import LinearGaussianEM, Moments
 from pyro_lvm.models.linear_gaussian_missing import impute_rows, observed_log_density, observed_posterior
+from pyro_lvm.parameters import generator_for
 
 __all__ = ["LinearGaussianModel"]
 
@@ -331,11 +332,7 @@ class LinearGaussianModel(InformationCriteria, nn.Module):
     @torch.no_grad()
     def sample(self, n: int, seed: int | None = None) -> Tensor:
         """Draw n rows from the fitted density, shape (n, D); the same seed gives the same rows on every device."""
-        generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
+        generator = generator_for(seed, torch.device("cpu"))
         draws = torch.randn((n, self.latent_dim + self.num_features), generator=generator, dtype=self.scale.dtype)
         z, noise = torch.split(draws.to(self.scale), [self.latent_dim, self.num_features], dim=-1)
         return z @ self.loadings.mT + self.mean + self.noise_scale * noise

@@ -6,11 +6,13 @@ r"""EM for a Gaussian mixture, with or without a prior and missing values; K-mea
     \text{M: } \pi_k = \frac{N_k}{n}, \quad \mu_k = \frac{1}{N_k} \sum_i \tau_{ik} x_i, \quad
     \Sigma_k = \frac{1}{N_k} \sum_i \tau_{ik} (x_i - \mu_k)(x_i - \mu_k)^\top, \quad N_k = \sum_i \tau_{ik}
 
-Sums over rows are taken block by block, in units of each component, :math:`y = L_k^{-1} (x - \mu_k)`: all K of them in
-one matrix product, and second moments about a mean close to the one they are for, so that nothing cancels. A covariance
-with a direction below the floor r is raised to it in that direction, which is the maximum under the constraint
-:math:`\Sigma_k \succeq r I`, and the bound never falls (adding r to every covariance in every step, as scikit-learn
-does, maximises nothing).
+Sums over rows are taken block by block: as products with the statistics of `mixture_statistics` where those keep enough
+digits; where they do not, and in the first walk over the data, in units of each component,
+:math:`y = L_k^{-1} (x - \mu_k)`, with second moments about a mean close to the one they are for: nothing cancels.
+
+A covariance with a direction below the floor r is raised to it in that direction, which is the maximum under the
+constraint :math:`\Sigma_k \succeq r I`, and the bound never falls (adding r to every covariance in every step, as
+scikit-learn does, maximises nothing).
 
 With a prior, normal-inverse-Wishart and Dirichlet, the M-step finds the joint mode of :math:`\pi, \mu, \Sigma`:
 
@@ -90,9 +92,9 @@ class MixtureEM:
         self.sample = data.sample(max(_SAMPLE, 20 * num_components), seed=0)
         self.center = torch.nanmean(self.sample, 0).nan_to_num(0.0)
         deviation = self.sample - self.center
-        variances = torch.nanmean(deviation.square(), 0).nan_to_num(0.0)
-        widest = variances.max().item()
-        unit = torch.where(variances > 0, variances, torch.ones_like(variances)).sqrt()
+        self.variances = torch.nanmean(deviation.square(), 0).nan_to_num(0.0)
+        widest = self.variances.max().item()
+        unit = torch.where(self.variances > 0, self.variances, torch.ones_like(self.variances)).sqrt()
         farthest = float((deviation / unit).nan_to_num(0.0).square().sum(-1).max())
         self.statistics = QuadraticStatistics(self.center, unit, farthest, self.has_matrices)
         # what a row takes where it is measured in every component, or conditioned on what is seen of it
@@ -111,7 +113,7 @@ class MixtureEM:
         k, features = self.num_components, len(self.center)
         if init is None:
             filled = torch.where(self.sample.isnan(), self.center, self.sample)
-            found = best_of_short_runs(filled, k, self.covariance, max(self.reg_covar, self.floor), seed)
+            found = best_of_short_runs(filled, k, self.covariance, self.floor, seed)
             return dict(zip(("weights", "locs", "covariances"), found, strict=True))
         if isinstance(init, Mapping):
             given = _natural(init, self.covariance)
@@ -148,8 +150,8 @@ class MixtureEM:
             moments = self._moments(self.data.total(part), unit)
             unit["locs"] = torch.where(moments.counts.unsqueeze(-1) > 0, moments.means, unit["locs"])
         weights = moments.counts / moments.counts.sum()
-        spread = torch.nanmean((self.sample - self.center).square(), 0).clamp_min(self.floor)
-        whole = {"weights": weights, "locs": unit["locs"], "covariances": self._shape(spread)}
+        spread = self._shape(self.variances.clamp_min(self.floor))
+        whole = {"weights": weights, "locs": unit["locs"], "covariances": spread}
         return self._maximised(moments, whole)
 
     def _unit(self, like: Tensor) -> Tensor:
@@ -195,14 +197,13 @@ class MixtureEM:
             identity = torch.eye(features, dtype=locs.dtype, device=locs.device).expand_as(factor)
             state["inverse"] = torch.linalg.solve_triangular(factor, identity, upper=False).contiguous()
             state["shift"] = -(state["inverse"] @ (locs - self.center).unsqueeze(-1))
-            log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         else:
             each = covariances.unsqueeze(-1).expand_as(locs) if self.covariance == "spherical" else covariances
             factor = each.sqrt()
             state["inverse"] = 1 / factor
-            log_det = factor.log().sum(-1)
         state["factor"] = factor
-        state["constant"] = (parameters["weights"].log() - log_det).unsqueeze(-1)
+        state["log_weights"] = parameters["weights"].log()
+        state["constant"] = (state["log_weights"] - self._log_det(factor)).unsqueeze(-1)
         return state
 
     def _block(self, x: Tensor, state: Parameters) -> tuple[Tensor, ...]:
@@ -218,7 +219,7 @@ class MixtureEM:
 
     def _deviations(self, x: Tensor, state: Parameters) -> Tensor:
         """Rows in units of each component, (K, D, b)."""
-        if state.get("inverse", self.center).dim() == 3:
+        if "shift" in state:
             k, features, _ = state["inverse"].shape
             rows = (x - self.center).mT
             flat = self._room(0, torch.Size((k * features, len(x))))
@@ -242,10 +243,9 @@ class MixtureEM:
     def _block_with_missing(self, x: Tensor, state: Parameters) -> tuple[Tensor, ...]:
         scale = state["factor"]
         found = conditionals(x, state["locs"], scale, "full" if self.has_matrices else "diag")
-        log_weights = state["constant"].squeeze(-1) + self._log_det(scale)
-        log_evidence, responsibilities = _normalised((found.log_density + log_weights).mT)
+        log_evidence, responsibilities = _normalised((found.log_density + state["log_weights"]).mT)
         deviation = found.deviation.permute(1, 2, 0)  # (K, D, b)
-        in_pattern = torch.zeros(len(found.covariance), len(log_weights), dtype=x.dtype, device=x.device)
+        in_pattern = torch.zeros(len(found.covariance), self.num_components, dtype=x.dtype, device=x.device)
         in_pattern.index_add_(0, found.pattern, responsibilities.mT.contiguous())
         if not self.has_matrices:
             counts, first, second = self._sums(deviation / scale.unsqueeze(-1), responsibilities)
@@ -323,7 +323,7 @@ class MixtureEM:
         else:
             each = covariances.unsqueeze(-1).expand_as(offset) if self.covariance == "spherical" else covariances
             distance = ((moments.scatters + counts.unsqueeze(-1) * offset.square()) / each).sum(-1)
-            log_det = each.log().sum(-1)
+            log_det = self._log_det(each)
         expected: Tensor = labels - 0.5 * (counts * log_det + distance).sum()
         if self.prior is not None:
             return expected + log_prior(parameters, self.prior, self.covariance)
