@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyro_lvm import datasets, exact, likelihoods, networks, plots, priors, testing
+from pyro_lvm import datasets, elbo, exact, likelihoods, networks, plots, priors, schedules, testing
 from pyro_lvm.criticism.amortization import AmortizationGap, amortization_gap
 from pyro_lvm.criticism.compare import compare_elbos
 from pyro_lvm.criticism.evidence import log_evidence
@@ -52,6 +52,7 @@ __all__ = [
     "compare_elbos",
     "coordinate_ascent",
     "datasets",
+    "elbo",
     "em",
     "exact",
     "fit",
@@ -61,6 +62,7 @@ __all__ = [
     "networks",
     "plots",
     "priors",
+    "schedules",
     "select",
     "testing",
 ]

@@ -26,6 +26,7 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 ORDER = (
     "errors",
     "declaration",
+    "schedules",
     "networks",
     "likelihoods",
     "prior_distributions",

@@ -8,7 +8,6 @@ the guide leaves to the model is drawn from its prior, and the prior cancels fro
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,10 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.infer import TraceEnum_ELBO
-from pyro.ops import packed
-from pyro.ops.contract import contract_to_tensor
-from pyro.ops.rings import LogRing
 from torch import Tensor
 
 from pyro_lvm.data import Batch
+from pyro_lvm.elbo.factors import Factors, in_plate, log_factors
 from pyro_lvm.elbo.terms import is_random
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.parameters import BoundProgram
@@ -81,7 +78,7 @@ def draw_local(bound: BoundProgram, structure: Structure, batch: Batch, draw: Dr
     Where the guide has no density for them by themselves (`weighs_rows`) they are drawn from the model.
     """
     if weighs_rows(structure):
-        held = _only(draw.guide_trace, lambda node: not _in_plate(node, structure.data_plate))
+        held = _only(draw.guide_trace, lambda node: not in_plate(node, structure.data_plate))
         return draw_latent(bound, structure, batch, fixed=held)
     shared = {site.name for site in structure.global_latent}
     held = _only(draw.guide_trace, lambda node: node["name"] in shared)
@@ -151,24 +148,24 @@ def local_log_weight(draw: Draw, data_plate: str | None) -> Tensor:
             "the program has no plate over its rows, so nothing can be said per datum: write "
             'with pyro.plate("data", size or len(x), subsample=x) around what belongs to one datum'
         )
-    factors = _factors(draw.model_trace, draw.guide_trace, data_plate)
+    factors = log_factors(draw.model_trace, draw.guide_trace, data_plate)
     _refuse_shared_lists(draw, factors, data_plate)
     return factors.contract(frozenset({draw.model_trace.plate_to_symbol[data_plate]})).reshape(-1)
 
 
 def log_weight(draw: Draw) -> Tensor:
     """Log p(x, everything drawn) - log q(everything drawn) of the whole batch, enumerated sites summed; shape ()."""
-    return _factors(draw.model_trace, draw.guide_trace).contract().reshape(())
+    return log_factors(draw.model_trace, draw.guide_trace).contract().reshape(())
 
 
 def log_joint(draw: Draw) -> Tensor:
     """Log p(x, everything drawn) of the whole batch, enumerated sites summed out; shape ()."""
-    return _factors(draw.model_trace, None).contract().reshape(())
+    return log_factors(draw.model_trace, None).contract().reshape(())
 
 
 def draw_enumerated(bound: BoundProgram, draw: Draw, batch: Batch) -> Any:
     """A trace of the model with its enumerated sites drawn from their exact conditional given the rest of ``draw``."""
-    factors = _factors(draw.model_trace, None)
+    factors = log_factors(draw.model_trace, None)
     drawn = _only(draw.guide_trace, lambda node: True)
     for name, node in _listed_in_model(draw).items():
         logits, symbols = factors.conditional(node)
@@ -192,87 +189,8 @@ def enumerated_probabilities(draw: Draw) -> dict[str, Tensor]:
 
     It is the model's conditional, whatever a guide that lists the site says.
     """
-    factors = _factors(draw.model_trace, None)
+    factors = log_factors(draw.model_trace, None)
     return {name: factors.conditional(node)[0].softmax(-1) for name, node in _listed(draw).items()}
-
-
-@dataclass(frozen=True)
-class _Factors:
-    """Log-factors by the plates around them, ready to be summed over enumerated dims.
-
-    Attributes:
-        tree: packed tensors by their plates' symbols.
-        summed: symbols of the enumerated dims.
-        dims: the dim of each plate's symbol.
-        sizes: its rows.
-    """
-
-    tree: OrderedDict[frozenset[str], list[Tensor]]
-    summed: set[str]
-    dims: dict[str, int]
-    sizes: dict[str, int]
-
-    def contract(self, plates: frozenset[str] = frozenset(), keep: frozenset[str] = frozenset()) -> Tensor:
-        """All factors in one packed tensor over ``plates`` and the enumerated dims ``keep``."""
-        ring = LogRing(dim_to_size=self.sizes)
-        term: Tensor = contract_to_tensor(
-            self.tree, set(self.summed), target_ordinal=plates, target_dims=set(keep), ring=ring
-        )
-        return term
-
-    def conditional(self, node: Any) -> tuple[Tensor, str]:
-        """Unnormalised log p(k | the rest), shape (*plates, K), and the plates' symbols."""
-        symbol = node["infer"]["_enumerate_symbol"]
-        names = node["infer"]["_dim_to_symbol"]
-        plates = [names[dim] for dim in sorted(f.dim for f in node["cond_indep_stack"] if f.vectorized)]
-        if symbol not in self.summed:  # one value only: its dim has been squeezed away
-            return torch.zeros(*(self.sizes[plate] for plate in plates), 1), "".join(plates)
-        term: Any = self.contract(frozenset(plates), frozenset(symbol))
-        return term.permute([term._pyro_dims.index(name) for name in (*plates, symbol)]), "".join(plates)
-
-    def fix(self, node: Any, choice: Tensor) -> None:
-        """Put the drawn values of an enumerated site into every factor."""
-        symbol = node["infer"]["_enumerate_symbol"]
-        for terms in self.tree.values():
-            for i, term in enumerate(terms):
-                if symbol in term._pyro_dims:  # type: ignore[attr-defined]
-                    terms[i] = packed.gather(term, choice, symbol)
-        self.summed.discard(symbol)
-
-
-def _factors(model_trace: Any, guide_trace: Any | None, data_plate: str | None = None) -> _Factors:
-    """Log p and, with a guide, -log q, without the plates' scale; with a data plate only what lies inside it."""
-    symbols = model_trace.plate_to_symbol
-    tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    found = _Factors(tree, set(), {}, {})
-    for trace in (model_trace, guide_trace):
-        for name, node in trace.nodes.items() if trace is not None else ():
-            if not is_random(node) or (data_plate is not None and not _in_plate(node, data_plate)):
-                continue
-            if guide_trace is not None and trace is model_trace and _from_prior(name, node, guide_trace):
-                continue
-            parts = node["packed"]
-            listed = node["infer"].get("_enumerate_dim") is not None
-            # a masked row's label still has a prior, whose sum is one
-            mask = None if listed and trace is model_trace else parts["mask"]
-            factor = packed.scale_and_mask(parts["unscaled_log_prob"], mask=mask)
-            names = factor._pyro_dims
-            if trace is guide_trace:
-                # what the guide lists is summed over, within the guide's support
-                factor = torch.where(factor == -torch.inf, factor, 0.0) if listed else -factor
-            factor = factor + 0.0  # two terms must never be one tensor: the contraction tells them apart by identity
-            factor._pyro_dims = names
-            frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
-            tree.setdefault(frozenset(symbols[frame.name] for frame in frames), []).append(factor)
-            found.summed.update(names)
-            found.dims.update({symbols[frame.name]: frame.dim for frame in frames})
-            found.sizes.update({symbols[frame.name]: int(frame.size) for frame in frames})
-    found.summed.difference_update(symbols.values())
-    return found
-
-
-def _from_prior(name: str, node: Any, guide_trace: Any) -> bool:
-    return not node["is_observed"] and name not in guide_trace and node["infer"].get("_enumerate_dim") is None
 
 
 def _listed_in_model(draw: Draw) -> dict[str, Any]:
@@ -287,17 +205,13 @@ def _listed(draw: Draw) -> dict[str, Any]:
     }
 
 
-def _refuse_shared_lists(draw: Draw, factors: _Factors, data_plate: str) -> None:
+def _refuse_shared_lists(draw: Draw, factors: Factors, data_plate: str) -> None:
     for trace in (draw.model_trace, draw.guide_trace):
         for name, node in trace.nodes.items():
-            outside = is_random(node) and not _in_plate(node, data_plate)
+            outside = is_random(node) and not in_plate(node, data_plate)
             if outside and node["infer"].get("_enumerate_symbol") in factors.summed:
                 raise ProgramError(
                     f"site {name!r} is enumerated and shared by all data, so that they are not independent given the "
                     "draws and nothing can be said per datum: ask for log_evidence (their joint), leave "
                     "'log_likelihood' out of an export's groups, or sample the site in the guide"
                 )
-
-
-def _in_plate(node: Any, plate: str | None) -> bool:
-    return any(frame.name == plate for frame in node["cond_indep_stack"])

@@ -22,6 +22,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
 from pyro_lvm.data import Batch
+from pyro_lvm.elbo.objective import Objective
 from pyro_lvm.elbo.terms import Terms, closed_form_kl, read_terms, watch_factors
 from pyro_lvm.parameters import BoundProgram
 from pyro_lvm.structure import Structure
@@ -38,19 +39,56 @@ class Estimator:
     """
 
     def __init__(self, elbo: ELBO, structure: Structure, reason: str) -> None:
-        self.elbo: Any = cast("Any", copy.copy(elbo))  # an ELBO caches what it learns about its first program
+        self._traces: list[tuple[Any, Any]] = []
+        self.elbo: Any
+        if isinstance(elbo, Objective):
+            self.elbo, self.reason = elbo.prepared(structure.max_plate_nesting), reason
+            return
+        self.elbo = cast("Any", copy.copy(elbo))  # an ELBO caches what it learns about its first program
         self.elbo.strict_enumeration_warning = False  # the pre-flight knows which discrete site is meant
         self.reason = reason
         vectorized = bool(self.elbo.vectorize_particles and self.elbo.num_particles > 1)
         self.elbo.max_plate_nesting = structure.max_plate_nesting + int(vectorized)
-        self._traces: list[tuple[Any, Any]] = []
         self._trace_once = self.elbo._get_trace
         self.elbo._get_trace = self._keep_trace
 
     def __repr__(self) -> str:
+        if isinstance(self.elbo, Objective):
+            return repr(self.elbo)
         shown = [f"num_particles={self.elbo.num_particles}"] if self.elbo.num_particles > 1 else []
         shown += [f"alpha={self.elbo.alpha}"] if hasattr(self.elbo, "alpha") else []
         return f"{type(self.elbo).__name__}({', '.join(shown)})"
+
+    @property
+    def enumerates(self) -> bool:
+        """Whether sites that the model enumerates are summed out."""
+        return isinstance(self.elbo, TraceEnum_ELBO) or bool(getattr(self.elbo, "enumerates", False))
+
+    @property
+    def enumerates_guide(self) -> bool:
+        """Whether sites that the guide enumerates are summed over."""
+        return isinstance(self.elbo, TraceEnum_ELBO) or bool(getattr(self.elbo, "enumerates_guide", False))
+
+    @property
+    def samples_discrete(self) -> bool:
+        """Whether a discrete site may be drawn in the guide on purpose."""
+        return isinstance(self.elbo, TraceGraph_ELBO) or bool(getattr(self.elbo, "samples_discrete", False))
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Modules of the estimator's own that are trained with the program."""
+        return self.elbo.modules() if isinstance(self.elbo, Objective) else ()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the estimator itself carries from step to step, its modules' parameters and buffers included."""
+        if not isinstance(self.elbo, Objective):
+            return ()
+        return (*self.elbo.tensors(), *(t for m in self.modules for t in (*m.parameters(), *m.buffers())))
+
+    def advance(self, progress: float) -> None:
+        """Say how far training is, from 0 at the first step to 1 at the last."""
+        if isinstance(self.elbo, Objective):
+            self.elbo.advance(progress)
 
     def _keep_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         pair: tuple[Any, Any] = self._trace_once(model, guide, args, kwargs)
@@ -77,7 +115,11 @@ class Estimator:
         model, guide, arguments = bound.model, bound.guide, batch.named()
         self._traces.clear()
         differentiable: Tensor | None = None
-        if isinstance(self.elbo, TraceGraph_ELBO):
+        terms: Terms | None = None
+        if isinstance(self.elbo, Objective):
+            found = self.elbo.estimate(model, guide, batch.args, arguments)
+            loss, differentiable, terms = found.loss, found.surrogate, found.terms
+        elif isinstance(self.elbo, TraceGraph_ELBO):
             value, differentiable = self.elbo._loss_and_surrogate_loss(model, guide, batch.args, arguments)
             loss = -value  # despite its name Pyro's function gives the bound
         elif hasattr(self.elbo, "differentiable_loss"):
@@ -87,7 +129,7 @@ class Estimator:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.div_(size)
-        terms = read_terms(self.elbo, self._traces, differentiable)
+        terms = terms or read_terms(self.elbo, self._traces, differentiable)
         if differentiable is not None:
             per_datum = differentiable / size
             extra = per_datum if extra is None else per_datum + extra
@@ -99,6 +141,9 @@ class Estimator:
     def evaluate(self, bound: BoundProgram, batch: Batch) -> tuple[Tensor, Terms]:
         """The loss (nats of the whole data set) and the plain bound's parts on ``batch``; gradients are left alone."""
         self._traces.clear()
+        if isinstance(self.elbo, Objective):
+            found = self.elbo.estimate(bound.model, bound.guide, batch.args, batch.named())
+            return found.loss.detach(), found.terms.map(Tensor.detach)
         enumerated = isinstance(self.elbo, TraceEnum_ELBO)
         evaluate = self.elbo.differentiable_loss if enumerated else self.elbo.loss
         # the parts of an enumerated bound are gradients, but none with respect to parameters

@@ -170,6 +170,7 @@ def fit(
             require_autocast(autocast, rows.device)
             turns = alternation(alternate, prepared, request.first(), len(rows))
             parameters = list(prepared.bound.trainable().values())
+            parameters += [p for module in prepared.estimator.modules for p in module.parameters()]
             torch_optimizer, schedule, described = make_optimizer(
                 parameters,
                 optimizer=optimizer,

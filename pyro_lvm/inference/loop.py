@@ -112,6 +112,7 @@ class Loop:
         for batch, share in self.order.epoch(number):
             if self.alternation is not None:
                 self._exact_e_step(self.alternation)
+            self.prepared.estimator.advance(self.steps_done / max(self.total_steps - 1, 1))
             result = self.step(batch)
             if self.alternation is not None:
                 self.alternation.hold()

@@ -166,6 +166,8 @@ def prepare(request: Request, untouched: Untouched, cast: list[str]) -> Prepared
     program.require_arguments(*first.data())
     bound, structure = _bind(request, first, meet)
     estimator = make_estimator(request.elbo, structure)
+    for module in estimator.modules:
+        meet(module)
     if request.check:
         check_pair(bound, structure, estimator, first)
         check_support(bound, structure, first, rows, request.batch_size or len(rows))

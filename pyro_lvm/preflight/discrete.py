@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO
-
 from pyro_lvm.elbo.estimator import Estimator
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.structure import Site, Structure
@@ -44,7 +42,7 @@ def check_discrete(structure: Structure, estimator: Estimator) -> None:
     Raises:
         ProgramError: naming the site, the cost of enumerating it, and one edit.
     """
-    enumerates = isinstance(estimator.elbo, TraceEnum_ELBO)
+    enumerates = estimator.enumerates
     for site in (*structure.latent, *structure.guide.values()):
         if site.enumerated and not site.enumerable:
             raise ProgramError(
@@ -97,10 +95,10 @@ def _unmarked(site: Site, structure: Structure) -> str:
 def _check_covered(site: Site, guide_site: Site, estimator: Estimator) -> None:
     """A discrete site that the guide has: listed there, or sampled on purpose."""
     if guide_site.enumerated:
-        if not isinstance(estimator.elbo, TraceEnum_ELBO):
+        if not estimator.enumerates_guide:
             raise ProgramError(not_summed_out(guide_site, estimator))
         return
-    knowingly = isinstance(estimator.elbo, TraceGraph_ELBO) or not guide_site.enumerable
+    knowingly = estimator.samples_discrete or not guide_site.enumerable
     if guide_site.discrete and guide_site.fn.has_rsample is False and not knowingly:
         raise ProgramError(
             f"guide {guide_site} ({guide_site.kind}) is discrete and nobody sums it out: add {MARK} to its pyro.sample "

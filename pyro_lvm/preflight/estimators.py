@@ -11,6 +11,7 @@ from pyro.infer import RenyiELBO, TraceMeanField_ELBO
 from pyro_lvm.data import Batch
 from pyro_lvm.dependencies import Parents, descendants
 from pyro_lvm.elbo.estimator import Estimator
+from pyro_lvm.elbo.objective import Objective
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.structure import Site, Structure
 
@@ -31,6 +32,8 @@ def check_estimator(
     Raises:
         ProgramError: naming the site and the estimators that would do.
     """
+    if isinstance(estimator.elbo, Objective):
+        estimator.elbo.check(structure, batch)
     if isinstance(estimator.elbo, TraceMeanField_ELBO):
         _check_mean_field(structure, estimator, dependencies)
     if isinstance(estimator.elbo, RenyiELBO):
