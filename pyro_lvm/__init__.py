@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyro_lvm import datasets, elbo, exact, likelihoods, networks, plots, priors, schedules, testing
 from pyro_lvm.criticism.amortization import AmortizationGap, amortization_gap
+from pyro_lvm.criticism.bits import bits_per_dimension
 from pyro_lvm.criticism.compare import compare_elbos
 from pyro_lvm.criticism.decompose import Decomposition, decompose
 from pyro_lvm.criticism.evidence import log_evidence
@@ -50,6 +51,7 @@ __all__ = [
     "SemiSupervisedVAE",
     "align_components",
     "amortization_gap",
+    "bits_per_dimension",
     "check",
     "compare_elbos",
     "coordinate_ascent",

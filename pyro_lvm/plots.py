@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "decomposition",
     "graph",
     "image_grid",
     "interpolation",
@@ -72,6 +73,45 @@ def loss(fit: Any) -> Figure:
         beside.set_ylabel("KL, nats per datum")
     parts.legend(handles=lines)
     _limit_to_later(parts, list(history["reconstruction"].values()))
+    return figure
+
+
+def decomposition(parts: Any) -> Figure:
+    """Every form of the bound as bars, each term where the one before it ended, and the evidence as a line.
+
+    Args:
+        parts: a `Decomposition`.
+
+    Returns:
+        A figure with one group of bars for each form, nats per datum.
+    """
+    forms: dict[str, list[tuple[str, float]]] = {
+        "reconstruction - kl": [("reconstruction", 1.0), ("kl", -1.0)],
+        "joint - log q": [("joint", 1.0), ("log q", -1.0)],
+        "joint + entropy": [("joint", 1.0), ("entropy", 1.0)],
+    }
+    if "kl_to_posterior" in parts:
+        forms["log p(x) - KL(q || p(z | x))"] = [("log_evidence", 1.0), ("kl_to_posterior", -1.0)]
+    figure = new_figure(8.0, 1.2 + 0.9 * len(forms))
+    axes = figure.subplots()
+    colours: dict[str, str] = {}
+    ends: list[float] = []
+    for row, terms in enumerate(reversed(forms.values())):
+        end = 0.0
+        for number, (name, sign) in enumerate(terms):
+            new = name not in colours
+            colour = colours.setdefault(name, f"C{len(colours)}")
+            height = row + (0.18 if number == 0 else -0.18)
+            axes.barh(height, sign * parts[name], left=end, height=0.32, color=colour, label=name if new else None)
+            end += sign * parts[name]
+            ends.append(end)
+    axes.axvline(parts["elbo"], color="grey", linewidth=1.0, linestyle="--", label="elbo")
+    axes.axvline(parts["log_evidence"], color="black", linewidth=1.0, label="log p(x)")
+    margin = 0.15 * (max(ends) - min(ends)) or 1.0
+    axes.set_xlim(min(ends) - margin, max(ends) + margin)
+    axes.set_yticks(range(len(forms)), list(reversed(forms)))
+    axes.set(xlabel="nats per datum", title="every form of the bound")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import torch
 from pyro import poutine
-from torch.distributions import biject_to
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_lvm.criticism.weights import Draw, Source, in_order, sampled_sites
 from pyro_lvm.data import Batch
@@ -100,10 +100,10 @@ class Target:
         self.batch = _copies(batch, chains)
         with torch.no_grad(), poutine.block():
             prior = poutine.trace(bound.model).get_trace(*self.batch.args, **self.batch.named())
-        self.nodes = {site.name: prior.nodes[site.name] for site in sampled_sites(self.structure)}
+        self.nodes: dict[str, Any] = {site.name: prior.nodes[site.name] for site in sampled_sites(self.structure)}
         self.transforms = {name: biject_to(node["fn"].support) for name, node in self.nodes.items()}
         self.source = Source(bound.model, lambda *_, **__: None, self.structure)
-        self.values = {name: node["value"] for name, node in self.nodes.items()}
+        self.values: dict[str, Tensor] = {name: node["value"] for name, node in self.nodes.items()}
         self.shapes = {name: self.transforms[name].inv(value).shape for name, value in self.values.items()}
 
     def start(self) -> Tensor:
@@ -120,7 +120,8 @@ class Target:
         return torch.cat(parts, -1)
 
     def _event_dim(self, name: str) -> int:
-        return len(self.shapes[name]) - (self.values[name].dim() - self.nodes[name]["fn"].event_dim)
+        plates = self.values[name].dim() - int(self.nodes[name]["fn"].event_dim)
+        return len(self.shapes[name]) - plates
 
     def _by_row(self, name: str, u: Tensor) -> Tensor:
         """Shape (..., rows, *event) as (rows, everything else)."""
@@ -156,16 +157,16 @@ class Target:
         unconstrained = self._by_site(flat)
         volume = torch.zeros_like(flat[:, 0])
         start = torch.zeros_like(volume)
-        held = poutine.Trace()
+        values: dict[str, Tensor] = {}
         for name, u in unconstrained.items():
             z = self.transforms[name](u)
             jacobian = self._sum_by_row(self.transforms[name].log_abs_det_jacobian(u, z), z.dim(), name)
             volume = volume + jacobian
-            held.add_node(name, **{**self.nodes[name], "value": z, "infer": {}})
+            values[name] = z
             if self.densities is not None:
                 of, fn = self.densities[name]
                 start = start + (self._density(fn, z, name) + jacobian if of == name else self._density(fn, u, name))
-        draw = self.source.holding(poutine.Trace(), held).draw(self.batch)
+        draw = self.source.holding(self.nodes, values).draw(self.batch)
         end = self._joint(draw) + volume
         return (self._joint(draw, prior=True) + volume if self.densities is None else start), end
 
@@ -184,7 +185,7 @@ class Target:
         """The guide's density at the value of every chain, shape (C · n,)."""
         dim = value.dim() - 1 - fn.event_dim
         by_chain = value.unflatten(dim, (self.chains, self.rows)).movedim(dim, 0)
-        log_prob = fn.log_prob(by_chain)
+        log_prob: Tensor = fn.log_prob(by_chain)
         return log_prob.reshape(self.chains, -1, self.rows).sum(1).flatten()
 
 
@@ -223,7 +224,12 @@ def guide_densities(evaluation: Evaluation, batch: Batch) -> dict[str, tuple[str
         why = _unfit(name, trace, structure, of_guide)
         if why:
             return why
-        found[site.name] = name, trace.nodes[name]["fn"]
+        fn: Any = trace.nodes[name]["fn"]
+        try:
+            fn.log_prob(fn.sample().clone())
+        except (KeyError, NotImplementedError):  # a flow without an inverse knows the density of its latest draw alone
+            return f"guide site {name!r} has no density at places it has not drawn itself"
+        found[site.name] = name, fn
     return found
 
 
@@ -249,4 +255,3 @@ def varying_support(target: Target, again: Target) -> str | None:
             if isinstance(mine, Tensor) and not torch.equal(mine, other):
                 return name
     return None
-

@@ -106,7 +106,8 @@ def parts_of(draw: Draw, structure: Structure, plate: str | None) -> Parts:
         ProgramError: if both model and guide list sites.
     """
     reader = _Reader(draw, structure, plate)
-    observed, latent = {}, {}
+    observed: dict[str, Tensor] = {}
+    latent: dict[str, Tensor] = {}
     for name, node in reader.model.items():
         (observed if node["is_observed"] else latent)[name] = reader.expected(node, of_model=True)
     guide: dict[str, Tensor] = {}
@@ -125,7 +126,8 @@ def parts_of(draw: Draw, structure: Structure, plate: str | None) -> Parts:
     from_prior = [] if loose else from_prior
     guide |= {name: latent[name] for name in from_prior}
     if loose:  # one site of the guide stands for several of the model
-        guide = {"+".join(name for name in latent if not is_listed(reader.model[name])): sum((*guide.values(), *loose))}  # type: ignore[arg-type]
+        drawn = [name for name in latent if not is_listed(reader.model[name])]
+        guide = {"+".join(drawn): torch.stack([*guide.values(), *loose]).sum(0)}
     kl = {name: torch.zeros_like(latent[name]) for name in from_prior}
     entropy = {}
     same_order = [n for n in reader.model if n in reader.guide] == [n for n in reader.guide if n in reader.model]
@@ -149,7 +151,11 @@ class _Reader:
         self.draw, self.plate = draw, plate
         traces = draw.model_trace, draw.guide_trace
         self.model, self.guide = (
-            {name: node for name, node in trace.nodes.items() if is_random(node) and (not plate or in_plate(node, plate))}
+            {
+                name: node
+                for name, node in trace.nodes.items()
+                if is_random(node) and (not plate or in_plate(node, plate))
+            }
             for trace in traces
         )
         symbols = draw.model_trace.plate_to_symbol
@@ -203,7 +209,9 @@ class _Reader:
     def expected(self, node: Any, *, of_model: bool = False) -> Tensor:
         """E log-probability of a node, shape (particles, rows)."""
         unmasked = of_model and is_listed(node)  # a masked row's label still has a prior
-        value = packed.scale_and_mask(node["packed"]["unscaled_log_prob"], mask=None if unmasked else node["packed"]["mask"])
+        value = packed.scale_and_mask(
+            node["packed"]["unscaled_log_prob"], mask=None if unmasked else node["packed"]["mask"]
+        )
         return self._reduced(value, self.weights.get(id(node)))
 
     def _reduced(self, value: Any, weight: Tensor | None) -> Tensor:
@@ -217,8 +225,8 @@ class _Reader:
         left = [name for name in names if name in self.symbols]
         value = value.permute([left.index(name) for name in self.symbols if name in left])
         shape = [self.sizes[name] if name in left else 1 for name in self.symbols]
-        value = value.reshape(shape).expand([self.sizes[name] for name in self.symbols])
-        return value.reshape(self.draw.particles, -1)
+        reduced: Tensor = value.reshape(shape).expand([self.sizes[name] for name in self.symbols])
+        return reduced.reshape(self.draw.particles, -1)
 
     def closed(self, value: Tensor, node: Any) -> Tensor | None:
         """A closed form of a node, shape (particles, rows); None where it is another one for each listed value."""

@@ -9,11 +9,11 @@ agree the program is run one draw at a time from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_lvm.criticism.weights import Draw, Source, is_listed
@@ -68,9 +68,11 @@ class Passes:
             draw = self.source.draw(batch, particles)
             return draw, self.weigh(draw)
         try:
-            draw = self.source.draw(batch, particles)
-            log_weights = self.weigh(draw)
-            self.broadcasts = self._agree(batch, draw, log_weights)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # what warns of another dim does not expect one
+                draw = self.source.draw(batch, particles)
+                log_weights = self.weigh(draw)
+                self.broadcasts = self._agree(batch, draw, log_weights)
         except Exception:  # whatever a program does to a dim it did not expect; by itself it fails again, or does not
             self.broadcasts = False
         self._tried.add(shape)
@@ -80,12 +82,11 @@ class Passes:
         """Whether some draws have the same weights by themselves, and are not all one."""
         numbers = sorted({0, draw.particles // 2, draw.particles - 1})
         nesting = self.source.structure.max_plate_nesting
-        held = [(_one(draw.guide_trace, n, nesting), _one(draw.model_trace, n, nesting)) for n in numbers]
-        for name in (*held[0][0], *held[0][1]):
-            values = [trace.nodes[name]["value"] for pair in held for trace in pair if name in trace]
-            if torch.equal(values[0], values[-1]):
-                return False  # perhaps by chance, perhaps the noise comes from elsewhere and is the same in all
-        alone = torch.stack([self.weigh(self.source.holding(*pair).draw(batch)) for pair in held])
+        nodes = {**draw.model_trace.nodes, **draw.guide_trace.nodes}
+        held = [_one(nodes, number, nesting) for number in numbers]
+        if any(torch.equal(value, held[-1][name]) for name, value in held[0].items()):
+            return False  # perhaps by chance, perhaps the noise comes from elsewhere and is the same in all
+        alone = torch.stack([self.weigh(self.source.holding(nodes, values).draw(batch)) for values in held])
         together = log_weights[numbers]
         near = TOLERANCE.get(together.dtype, 1e-2)
         finite = alone.isfinite() & together.isfinite()
@@ -94,11 +95,10 @@ class Passes:
         return alone.shape == together.shape and bool(same.all())
 
 
-def _one(trace: Any, number: int, nesting: int) -> Any:
-    """The latent sites that were drawn, at draw ``number`` alone."""
-    kept = poutine.Trace()
-    for name, node in trace.nodes.items():
-        if is_random(node) and not node["is_observed"] and not is_listed(node):
-            dim = -1 - nesting - node["fn"].event_dim
-            kept.add_node(name, **{**node, "value": node["value"].select(dim, number), "infer": {}})
-    return kept
+def _one(nodes: Mapping[str, Any], number: int, nesting: int) -> dict[str, Tensor]:
+    """The values of the latent sites that were drawn, at draw ``number`` alone."""
+    return {
+        name: node["value"].select(-1 - nesting - node["fn"].event_dim, number)
+        for name, node in nodes.items()
+        if is_random(node) and not node["is_observed"] and not is_listed(node)
+    }

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
@@ -48,9 +47,7 @@ def expected_by_quadratic(source: Source, batch: Batch, plate: str) -> Parts | N
         return None
 
     def at(z: Tensor) -> Parts:
-        held = poutine.Trace()
-        held.add_node(name, **{**guide_trace.nodes[name], "value": z, "infer": {}})
-        return parts_of(source.holding(held, poutine.Trace()).draw(batch), structure, plate)
+        return parts_of(source.holding(guide_trace.nodes, {name: z}).draw(batch), structure, plate)
 
     centre = fn.mean
     middle = at(centre)
@@ -74,7 +71,7 @@ def _root(fn: Any) -> Tensor | None:
     """A root of the covariance of a normal distribution, shape (rows, event, event), or None if it is no normal."""
     if isinstance(fn, MultivariateNormal):
         return fn.scale_tril.expand(*fn.batch_shape, -1, -1)
-    if isinstance(fn, Independent) and fn.event_dim == 1 and isinstance(fn.base_dist, Normal):
+    if isinstance(fn, Independent) and fn.reinterpreted_batch_ndims == 1 and isinstance(fn.base_dist, Normal):
         return torch.diag_embed(fn.stddev)
     if isinstance(fn, Normal):
         return fn.stddev.unsqueeze(-1)

@@ -8,8 +8,9 @@ the guide leaves to the model is drawn from its prior, and the prior cancels fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,20 +75,27 @@ class Source:
         model: takes a batch's arguments and keywords.
         guide: likewise.
         structure: of the program.
+        held: a trace with sites that are held at its values, or None.
     """
 
     model: Callable[..., Any]
     guide: Callable[..., Any]
     structure: Structure
+    held: Any | None = None
 
     def draw(self, batch: Batch, particles: int = 1) -> Draw:
         """One draw of every sampled site, or several side by side."""
-        return _enumerate(self.model, self.guide, self.structure, batch, particles)
+        # around everything, where enumeration has seen the site before its value is given
+        replay: Any = nullcontext() if self.held is None else poutine.replay(trace=self.held)
+        with poutine.block(), replay:
+            return _enumerate(self.model, self.guide, self.structure, batch, particles)
 
-    def holding(self, guide_trace: Any, model_trace: Any) -> Source:
-        """The same with the sites of these traces held at their values."""
-        model = poutine.replay(self.model, trace=model_trace)
-        return Source(model, poutine.replay(self.guide, trace=guide_trace), self.structure)
+    def holding(self, nodes: Mapping[str, Any], values: Mapping[str, Tensor]) -> Source:
+        """The same with sites held at ``values``; ``nodes`` are those of a trace that has them."""
+        held = poutine.Trace()
+        for name, value in values.items():
+            held.add_node(name, **{**nodes[name], "value": value, "infer": {}})
+        return replace(self, held=held)
 
 
 PARTICLES = "num_particles_vectorized"
@@ -130,7 +138,7 @@ def draw_latent(bound: BoundProgram, structure: Structure, batch: Batch, fixed: 
     """
     source = from_guide(bound, structure)
     guide = source.guide if fixed is None else poutine.replay(source.guide, trace=fixed)
-    return _enumerate(source.model, guide, structure, batch)
+    return replace(source, guide=guide).draw(batch)
 
 
 def draw_local(bound: BoundProgram, structure: Structure, batch: Batch, draw: Draw) -> Draw:
@@ -143,7 +151,7 @@ def draw_local(bound: BoundProgram, structure: Structure, batch: Batch, draw: Dr
         return draw_latent(bound, structure, batch, fixed=held)
     shared = {site.name for site in structure.global_latent}
     held = _only(draw.guide_trace, lambda node: node["name"] in shared)
-    return _enumerate(poutine.replay(bound.model, trace=held), lambda *_, **__: None, structure, batch)
+    return Source(poutine.replay(bound.model, trace=held), lambda *_, **__: None, structure).draw(batch)
 
 
 def sampled_sites(structure: Structure) -> list[Site]:
@@ -186,8 +194,8 @@ def _enumerate(
     )
     configure: Any = poutine.infer_config  # its own types ask for Pyro's messages and nothing less
     model, guide = (configure(function, config_fn=_without_repeats) for function in (model, guide))
-    with poutine.block():
-        return Draw(*next(estimator._get_traces(model, guide, batch.args, batch.named())), particles)
+    model_trace, guide_trace = next(estimator._get_traces(model, guide, batch.args, batch.named()))
+    return Draw(model_trace, guide_trace, particles)
 
 
 def _without_repeats(site: Any) -> dict[str, Any]:
