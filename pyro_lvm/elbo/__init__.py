@@ -1,8 +1,7 @@
-"""Estimators: how a fit chooses one, and what a step of it says about the bound's parts."""
+"""Estimators of our own; each is a Pyro ELBO."""
 
 from __future__ import annotations
 
-from pyro_lvm.elbo.estimator import Estimator, make_estimator
-from pyro_lvm.elbo.terms import Terms
+from pyro_lvm.elbo.importance_weighted import ImportanceWeighted
 
-__all__ = ["Estimator", "Terms", "make_estimator"]
+__all__ = ["ImportanceWeighted"]
