@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import scipy.special
 import scipy.stats
@@ -525,3 +527,33 @@ def bayesian_ppca_rounds(
     q = {"loadings": w, "loadings_covariance": w_cov, "mean": mu, "mean_scale": np.sqrt(mu_var)}
     q |= {"relevance_rate": relevance_rate, "precision_rate": np.array(noise_rate)}
     return q, float(bound)
+
+
+# ---- the importance-weighted bound of a program with one Normal latent for each datum
+
+
+def importance_weighted_bound(
+    x: np.ndarray, theta: float, loc: np.ndarray, scale: float, num_particles: int, nodes: int = 60
+) -> np.ndarray:
+    """E_q[log mean_k w_k] of each datum for z ~ N(theta, 1), x | z ~ N(z, 1/2^2), q(z | x) = N(loc, scale^2).
+
+    By Gauss-Hermite quadrature over all particles; ``nodes`` ** ``num_particles`` points.
+    """
+    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    weights = weights / weights.sum()
+    z = loc[:, None] + scale * points
+    log_w = (
+        scipy.stats.norm.logpdf(z, theta, 1.0)
+        + scipy.stats.norm.logpdf(x[:, None], z, 0.5)
+        - scipy.stats.norm.logpdf(z, loc[:, None], scale)
+    )
+    grids = np.meshgrid(*[np.arange(nodes)] * num_particles, indexing="ij")
+    chosen = np.stack([log_w[:, grid.ravel()] for grid in grids])  # (K, n, points)
+    joint = np.prod([weights[grid.ravel()] for grid in grids], axis=0)
+    return (scipy.special.logsumexp(chosen, axis=0) - np.log(num_particles)) @ joint
+
+
+def central_difference(function: Callable[[np.ndarray], float], at: np.ndarray, step: float = 1e-5) -> np.ndarray:
+    """The gradient of ``function`` at a vector."""
+    steps = step * np.eye(len(at))
+    return np.array([(function(at + h) - function(at - h)) / (2 * step) for h in steps])

@@ -108,12 +108,6 @@ class ImportanceWeighted(Objective):
     def check(self, structure: Structure, batch: Batch) -> None:
         """Raise `ProgramError` where there are no weights, or where they give no bound."""
         for site in structure.guide.values():
-            if site.enumerated:
-                raise ProgramError(
-                    f"guide {site} is enumerated, but importance weights sum it out exactly, so that the guide's "
-                    "parameters would never hear of it: enumerate it in the model and leave it out of the guide, or "
-                    "use elbo=TraceEnum_ELBO()"
-                )
             if not site.fn.has_rsample:
                 raise ProgramError(
                     f"guide {site} ({site.kind}) cannot be reparameterised, which {self!r} requires: enumerate it in "
@@ -129,8 +123,9 @@ class ImportanceWeighted(Objective):
         tracer: Any = _Tracer(self)
         traces = list(tracer._get_traces(model, guide, args, kwargs))
         self.max_plate_nesting = tracer.max_plate_nesting
-        if self.gradient != "reparam":
-            for _, guide_trace in traces:
+        for _, guide_trace in traces:
+            _refuse_listed(guide_trace)
+            if self.gradient != "reparam":
                 _detach_densities(guide_trace)
         enumerated = any(node["infer"].get("_enumerate_dim") is not None for node in _random(traces[0][0]))
         if enumerated:
@@ -246,6 +241,16 @@ def _through_draws(guide_trace: Any, draws: _Apart, weights: Tensor) -> Tensor:
         if gradients:
             total = total + (reduce(torch.add, gradients).detach() * draws.own[name]).sum()
     return total
+
+
+def _refuse_listed(guide_trace: Any) -> None:
+    for node in _random(guide_trace):
+        if node["infer"].get("_enumerate_dim") is not None:
+            raise ProgramError(
+                f"guide site {node['name']!r} is enumerated, but importance weights sum it out exactly, so that the "
+                "guide's parameters would never hear of it: enumerate it in the model and leave it out of the guide, "
+                "or use elbo=TraceEnum_ELBO()"
+            )
 
 
 def _detach_densities(guide_trace: Any) -> None:
