@@ -83,6 +83,10 @@ class FreeBits(Reweighted):
         """Lambda."""
         return (self.nats,)
 
+    def options(self) -> list[str]:
+        """The group, where it is not the unit."""
+        return [] if self.per == "unit" else [f"per={self.per!r}"]
+
     def objective(self, parts: Parts) -> Tensor:
         """Reconstruction - n sum_j max(lambda, KL_j / n), nats of the whole data set."""
         plate = parts.data_plate()

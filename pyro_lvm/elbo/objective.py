@@ -87,7 +87,7 @@ class Objective(ELBO):
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Minus the objective, nats of the whole data set."""
-        return float(self.estimate(model, guide, args, kwargs).loss)
+        return float(self.estimate(model, guide, args, kwargs).loss.detach())
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the objective, nats of the whole data set, with the estimator's gradient."""
@@ -99,7 +99,7 @@ class Objective(ELBO):
         found = self.estimate(model, guide, args, kwargs)
         if found.surrogate.requires_grad:
             found.surrogate.backward(retain_graph=self.retain_graph)
-        return float(found.loss)
+        return float(found.loss.detach())
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)

@@ -59,6 +59,7 @@ class Reweighted(Objective):
     def __repr__(self) -> str:
         particles = f"num_particles={self.num_particles}" if self.num_particles > 1 else ""
         shown = [f"{type(self.base).__name__}({particles})", *(f"{s.name}={s!r}" for s in self.schedules())]
+        shown += self.options()
         shown += [f"sites={list(self.sites)}"] if self.sites is not None else []
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -69,6 +70,10 @@ class Reweighted(Objective):
     def schedules(self) -> tuple[Scheduled, ...]:
         """The numbers that may change during training."""
         return ()
+
+    def options(self) -> list[str]:
+        """What else differs from the defaults, for its representation."""
+        return []
 
     def read(self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Parts:
         """Draw, and take the bound apart."""
