@@ -557,3 +557,23 @@ def central_difference(function: Callable[[np.ndarray], float], at: np.ndarray, 
     """The gradient of ``function`` at a vector."""
     steps = step * np.eye(len(at))
     return np.array([(function(at + h) - function(at - h)) / (2 * step) for h in steps])
+
+
+# --- weighted bounds ---------------------------------------------------------------------------------------------
+
+
+def linear_gaussian_bound_parts(
+    x: np.ndarray, loadings: np.ndarray, mean: np.ndarray, noise_scale: float, loc: np.ndarray, scale: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """E_q[log N(x; W z + mean, noise^2 I)] (n,) and KL(q || N(0, I)) (n, L) under q = N(loc, diag scale^2), (n, L)."""
+    residual = x - loc @ loadings.T - mean
+    spread = (scale**2) @ (loadings**2).T  # the variance that z's spread gives to each feature
+    density = -0.5 * np.log(2 * np.pi * noise_scale**2) - 0.5 * (residual**2 + spread) / noise_scale**2
+    return density.sum(-1), normal_kl(loc, scale, np.zeros(1), np.ones(1))
+
+
+def codewords_log_density(x: np.ndarray, codewords: np.ndarray, flip: float) -> np.ndarray:
+    """Log p of rows of bits (n, D): one of the codewords (K, D), all alike, each bit flipped with chance ``flip``."""
+    wrong = (x[:, None] != codewords[None]).sum(-1)
+    log_joint = wrong * np.log(flip) + (x.shape[1] - wrong) * np.log1p(-flip)
+    return np.asarray(scipy.special.logsumexp(log_joint, axis=1) - np.log(len(codewords)))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pyro_lvm.elbo.capacity import Capacity
+from pyro_lvm.elbo.entropy import Entropy
+from pyro_lvm.elbo.free_bits import FreeBits
 from pyro_lvm.elbo.importance_weighted import ImportanceWeighted
+from pyro_lvm.elbo.kl_weighted import KLWeighted
 
-__all__ = ["ImportanceWeighted"]
+__all__ = ["Capacity", "Entropy", "FreeBits", "ImportanceWeighted", "KLWeighted"]

@@ -73,6 +73,10 @@ class Objective(ELBO):
         """Hear how far training is, from 0 at the first step to 1 at the last; called before every step."""
         del progress
 
+    def arrival(self) -> float:
+        """The fraction of training from which on the objective stays the same; until then nobody may stop early."""
+        return 0.0
+
     def tensors(self) -> tuple[Tensor, ...]:
         """What changes between steps (a schedule's value, a running mean), each always the same tensor object."""
         return ()
