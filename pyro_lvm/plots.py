@@ -77,38 +77,39 @@ def loss(fit: Any) -> Figure:
 
 
 def decomposition(parts: Any) -> Figure:
-    """Every form of the bound as bars, each term where the one before it ended, and the evidence as a line.
+    """Every form of the bound as two bars: its first term, and from there to the bound.
 
     Args:
         parts: a `Decomposition`.
 
     Returns:
-        A figure with one group of bars for each form, nats per datum.
+        A figure with one pair of bars for each form, nats per datum; lines at the bound and at the evidence.
     """
-    forms: dict[str, list[tuple[str, float]]] = {
-        "reconstruction - kl": [("reconstruction", 1.0), ("kl", -1.0)],
-        "joint - log q": [("joint", 1.0), ("log q", -1.0)],
-        "joint + entropy": [("joint", 1.0), ("entropy", 1.0)],
+    forms = {
+        "reconstruction - kl": ("reconstruction", "kl"),
+        "joint - log q": ("joint", "log q"),
+        "joint + entropy": ("joint", "entropy"),
     }
+    ends = {form: parts[form] for form in forms}
     if "kl_to_posterior" in parts:
-        forms["log p(x) - KL(q || p(z | x))"] = [("log_evidence", 1.0), ("kl_to_posterior", -1.0)]
+        known = "log p(x) - KL(q || p(z | x))"
+        forms[known] = ("log_evidence", "kl_to_posterior")
+        ends[known] = parts["log_evidence"] - parts["kl_to_posterior"]
     figure = new_figure(8.0, 1.2 + 0.9 * len(forms))
     axes = figure.subplots()
     colours: dict[str, str] = {}
-    ends: list[float] = []
-    for row, terms in enumerate(reversed(forms.values())):
-        end = 0.0
-        for number, (name, sign) in enumerate(terms):
-            new = name not in colours
+    for row, form in enumerate(reversed(forms)):
+        start = 0.0
+        for name, height, end in zip(forms[form], (0.18, -0.18), (parts[forms[form][0]], ends[form]), strict=True):
+            label = None if name in colours else name
             colour = colours.setdefault(name, f"C{len(colours)}")
-            height = row + (0.18 if number == 0 else -0.18)
-            axes.barh(height, sign * parts[name], left=end, height=0.32, color=colour, label=name if new else None)
-            end += sign * parts[name]
-            ends.append(end)
+            axes.barh(row + height, end - start, left=start, height=0.32, color=colour, label=label)
+            start = end
     axes.axvline(parts["elbo"], color="grey", linewidth=1.0, linestyle="--", label="elbo")
     axes.axvline(parts["log_evidence"], color="black", linewidth=1.0, label="log p(x)")
-    margin = 0.15 * (max(ends) - min(ends)) or 1.0
-    axes.set_xlim(min(ends) - margin, max(ends) + margin)
+    places = [*ends.values(), *(parts[first] for first, _ in forms.values()), parts["log_evidence"]]
+    margin = 0.15 * (max(places) - min(places)) or 1.0
+    axes.set_xlim(min(places) - margin, max(places) + margin)
     axes.set_yticks(range(len(forms)), list(reversed(forms)))
     axes.set(xlabel="nats per datum", title="every form of the bound")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

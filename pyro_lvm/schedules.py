@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch import Tensor
 from pyro_lvm.errors import ProgramError
 
 __all__ = ["Schedule", "Scheduled", "cyclic", "exponential", "linear"]
+
+POINTS = 1000
+"""In so many steps from the end of training to its beginning is looked where a schedule last moved."""
 
 Schedule = Callable[[float], float]
 """A value from the fraction of training that is done."""
@@ -43,7 +47,10 @@ def linear(start: float, end: float, until: float = 1.0) -> Schedule:
         (0.0, 0.5, 1.0)
     """
     _require_arrival(until)
-    return lambda progress: start + (end - start) * min(progress / until, 1.0)
+    return _Shown(
+        lambda progress: start + (end - start) * min(progress / until, 1.0),
+        f"linear({start:g}, {end:g}, until={until:g})",
+    )
 
 
 def exponential(start: float, end: float, until: float = 1.0) -> Schedule:
@@ -68,7 +75,10 @@ def exponential(start: float, end: float, until: float = 1.0) -> Schedule:
     _require_arrival(until)
     if not (start > 0 and end > 0):
         raise ValueError(f"an exponential schedule from {start} to {end} has no constant factor: both must be positive")
-    return lambda progress: float(start * (end / start) ** min(progress / until, 1.0))
+    return _Shown(
+        lambda progress: float(start * (end / start) ** min(progress / until, 1.0)),
+        f"exponential({start:g}, {end:g}, until={until:g})",
+    )
 
 
 def cyclic(start: float, end: float, cycles: int = 4, rising: float = 0.5) -> Schedule:
@@ -95,7 +105,24 @@ def cyclic(start: float, end: float, cycles: int = 4, rising: float = 0.5) -> Sc
     if cycles < 1:
         raise ValueError(f"cycles is {cycles}: it must be at least 1")
     rise = linear(start, end, rising)
-    return lambda progress: end if progress >= 1.0 else rise(math.modf(progress * cycles)[0])
+    return _Shown(
+        lambda progress: end if progress >= 1.0 else rise(math.modf(progress * cycles)[0]),
+        f"cyclic({start:g}, {end:g}, cycles={cycles}, rising={rising:g})",
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class _Shown:
+    """A schedule that says what it is."""
+
+    function: Schedule
+    text: str
+
+    def __call__(self, progress: float) -> float:
+        return self.function(progress)
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 def _require_arrival(until: float, name: str = "until") -> None:
@@ -130,7 +157,9 @@ class Scheduled:
         self.tensor = torch.full((), math.nan if callable(value) else float(value), dtype=torch.float64)
 
     def __repr__(self) -> str:
-        return f"{self.value:g}" if not callable(self.value) else f"{getattr(self.value, '__qualname__', 'schedule')}"
+        if not callable(self.value):
+            return f"{self.value:g}"
+        return repr(self.value) if isinstance(self.value, _Shown) else getattr(self.value, "__name__", "schedule")
 
     def fresh(self) -> Scheduled:
         """The same with a tensor of its own."""
@@ -140,6 +169,13 @@ class Scheduled:
         """Take the value at ``progress``, between 0 and 1."""
         if callable(self.value):
             self.tensor.fill_(self._at(progress))
+
+    def arrival(self) -> float:
+        """The fraction of training from which on the value is what it is at the end; 0 for a number."""
+        if not callable(self.value):
+            return 0.0
+        moving = (point for point in range(POINTS, -1, -1) if self._at(point / POINTS) != self._at(1.0))
+        return (next(moving, -1) + 1) / POINTS
 
     def now(self) -> Tensor:
         """The present value, shape ().

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import scipy.special
 import scipy.stats
@@ -546,3 +548,53 @@ def beta_bernoulli_evidence(counts: np.ndarray, trials: int, a: float, b: float)
 def categorical_kl(q: np.ndarray, p: np.ndarray) -> np.ndarray:
     """KL(q || p) of every row of probabilities, shape (n,)."""
     return scipy.special.rel_entr(q, p).sum(-1)
+
+
+# ---- the importance-weighted bound of a program with one Normal latent for each datum
+
+
+def importance_weighted_bound(
+    x: np.ndarray, theta: float, loc: np.ndarray, scale: float, num_particles: int, nodes: int = 60
+) -> np.ndarray:
+    """E_q[log mean_k w_k] of each datum for z ~ N(theta, 1), x | z ~ N(z, 1/2^2), q(z | x) = N(loc, scale^2).
+
+    By Gauss-Hermite quadrature over all particles; ``nodes`` ** ``num_particles`` points.
+    """
+    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    weights = weights / weights.sum()
+    z = loc[:, None] + scale * points
+    log_w = (
+        scipy.stats.norm.logpdf(z, theta, 1.0)
+        + scipy.stats.norm.logpdf(x[:, None], z, 0.5)
+        - scipy.stats.norm.logpdf(z, loc[:, None], scale)
+    )
+    grids = np.meshgrid(*[np.arange(nodes)] * num_particles, indexing="ij")
+    chosen = np.stack([log_w[:, grid.ravel()] for grid in grids])  # (K, n, points)
+    joint = np.prod([weights[grid.ravel()] for grid in grids], axis=0)
+    return (scipy.special.logsumexp(chosen, axis=0) - np.log(num_particles)) @ joint
+
+
+def central_difference(function: Callable[[np.ndarray], float], at: np.ndarray, step: float = 1e-5) -> np.ndarray:
+    """The gradient of ``function`` at a vector."""
+    steps = step * np.eye(len(at))
+    return np.array([(function(at + h) - function(at - h)) / (2 * step) for h in steps])
+
+
+# --- weighted bounds ---------------------------------------------------------------------------------------------
+
+
+def linear_gaussian_bound_parts(
+    x: np.ndarray, loadings: np.ndarray, mean: np.ndarray, noise_scale: float, loc: np.ndarray, scale: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """E_q[log N(x; W z + mean, noise^2 I)] (n,) and KL(q || N(0, I)) (n, L) under q = N(loc, diag scale^2), (n, L)."""
+    residual = x - loc @ loadings.T - mean
+    spread = (scale**2) @ (loadings**2).T  # the variance that z's spread gives to each feature
+    density = -0.5 * np.log(2 * np.pi * noise_scale**2) - 0.5 * (residual**2 + spread) / noise_scale**2
+    return density.sum(-1), normal_kl(loc, scale, np.zeros(1), np.ones(1))
+
+
+def codewords_log_density(x: np.ndarray, codewords: np.ndarray, flip: float) -> np.ndarray:
+    """Log p of rows of bits (n, D): one of the codewords (K, D), all alike, each bit flipped with chance ``flip``."""
+    wrong = (x[:, None] != codewords[None]).sum(-1)
+    log_joint = wrong * np.log(flip) + (x.shape[1] - wrong) * np.log1p(-flip)
+    return np.asarray(scipy.special.logsumexp(log_joint, axis=1) - np.log(len(codewords)))

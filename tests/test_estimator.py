@@ -30,8 +30,7 @@ from torch.distributions import constraints
 
 import pyro_lvm as lvm
 from pyro_lvm.data import Batch, as_rows
-from pyro_lvm.elbo import Estimator, make_estimator
-from pyro_lvm.elbo.estimator import plain_estimator
+from pyro_lvm.elbo.estimator import Estimator, make_estimator, plain_estimator
 from pyro_lvm.parameters import BoundProgram, isolated
 from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import as_program

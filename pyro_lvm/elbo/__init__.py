@@ -1,8 +1,11 @@
-"""Estimators: how a fit chooses one, and what a step of it says about the bound's parts."""
+"""Estimators of our own; each is a Pyro ELBO."""
 
 from __future__ import annotations
 
-from pyro_lvm.elbo.estimator import Estimator, make_estimator
-from pyro_lvm.elbo.terms import Terms
+from pyro_lvm.elbo.capacity import Capacity
+from pyro_lvm.elbo.entropy import Entropy
+from pyro_lvm.elbo.free_bits import FreeBits
+from pyro_lvm.elbo.importance_weighted import ImportanceWeighted
+from pyro_lvm.elbo.kl_weighted import KLWeighted
 
-__all__ = ["Estimator", "Terms", "make_estimator"]
+__all__ = ["Capacity", "Entropy", "FreeBits", "ImportanceWeighted", "KLWeighted"]

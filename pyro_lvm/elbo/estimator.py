@@ -43,6 +43,7 @@ class Estimator:
         self.elbo: Any
         if isinstance(elbo, Objective):
             self.elbo, self.reason = elbo.prepared(structure.max_plate_nesting), reason
+            self.elbo.advance(1.0)  # whoever evaluates it outside of training means what training ends with
             return
         self.elbo = cast("Any", copy.copy(elbo))  # an ELBO caches what it learns about its first program
         self.elbo.strict_enumeration_warning = False  # the pre-flight knows which discrete site is meant
@@ -73,6 +74,16 @@ class Estimator:
     def samples_discrete(self) -> bool:
         """Whether a discrete site may be drawn in the guide on purpose."""
         return isinstance(self.elbo, TraceGraph_ELBO) or bool(getattr(self.elbo, "samples_discrete", False))
+
+    @property
+    def argument(self) -> str:
+        """The argument that names the Pyro ELBO at work: "base" of an estimator that rests on one, else "elbo"."""
+        return "base" if isinstance(getattr(self.elbo, "base", None), ELBO) else "elbo"
+
+    @property
+    def arrival(self) -> float:
+        """The fraction of training from which on the estimator's objective stays the same."""
+        return self.elbo.arrival() if isinstance(self.elbo, Objective) else 0.0
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

@@ -73,6 +73,10 @@ class Objective(ELBO):
         """Hear how far training is, from 0 at the first step to 1 at the last; called before every step."""
         del progress
 
+    def arrival(self) -> float:
+        """The fraction of training from which on the objective stays the same; until then nobody may stop early."""
+        return 0.0
+
     def tensors(self) -> tuple[Tensor, ...]:
         """What changes between steps (a schedule's value, a running mean), each always the same tensor object."""
         return ()
@@ -83,7 +87,7 @@ class Objective(ELBO):
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Minus the objective, nats of the whole data set."""
-        return float(self.estimate(model, guide, args, kwargs).loss)
+        return float(self.estimate(model, guide, args, kwargs).loss.detach())
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the objective, nats of the whole data set, with the estimator's gradient."""
@@ -95,7 +99,7 @@ class Objective(ELBO):
         found = self.estimate(model, guide, args, kwargs)
         if found.surrogate.requires_grad:
             found.surrogate.backward(retain_graph=self.retain_graph)
-        return float(found.loss)
+        return float(found.loss.detach())
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)

@@ -26,7 +26,7 @@ from torch.distributions import kl_divergence
 
 from pyro_lvm.structure import base_of
 
-__all__ = ["Terms", "closed_form_kl", "is_random", "read_terms"]
+__all__ = ["Terms", "closed_form_kl", "is_random", "latent_kl", "read_terms", "sampled_terms", "watch_factors"]
 
 
 @dataclass(frozen=True)
@@ -99,32 +99,73 @@ def read_terms(estimator: Any, traces: list[tuple[Any, Any]], loss: Tensor | Non
             raise TypeError("the parts of an enumerated bound need its loss with the graph alive")
         return _enumerated_terms(traces, loss)
     analytic = isinstance(estimator, TraceMeanField_ELBO)
-    parts = [_sampled_terms(model_trace, guide_trace, analytic) for model_trace, guide_trace in traces]
+    parts = [sampled_terms(*pair, analytic).map(Tensor.detach) for pair in traces]
     return Terms.mean(parts, [1.0 / estimator.num_particles] * len(parts))
 
 
-def _sampled_terms(model_trace: Any, guide_trace: Any, analytic: bool) -> Terms:
-    reconstruction: dict[str, Tensor] = {}
-    model_latent: dict[str, Tensor] = {}
+def sampled_terms(model_trace: Any, guide_trace: Any, analytic: bool) -> Terms:
+    """The parts at one pair's draws, with their graph.
+
+    Args:
+        model_trace: the model's trace, log-probabilities computed.
+        guide_trace: the guide's.
+        analytic: whether a KL stands in closed form where there is one, or at the draw like every other.
+    """
+    reconstruction = {
+        name: _summed(node) for name, node in model_trace.nodes.items() if is_random(node) and node["is_observed"]
+    }
+    closed_form = _closed if analytic else None
+    return Terms(reconstruction, latent_kl(model_trace, guide_trace, _summed, closed_form=closed_form))
+
+
+def latent_kl(
+    model_trace: Any,
+    guide_trace: Any,
+    expected: Callable[[Any], Tensor],
+    *,
+    negative_entropy: Callable[[Any], Tensor] | None = None,
+    closed_form: Callable[[Any, Any], Tensor | None] | None = None,
+) -> dict[str, Tensor]:
+    """E_q[log q - log p] by latent site, nats of the whole data set, with its graph.
+
+    Args:
+        model_trace: the model's trace. Sites that it sums out have no KL of their own and are passed over.
+        guide_trace: the guide's.
+        expected: gives E_q[log p] of a node, scaled.
+        negative_entropy: gives E_q[log q] of a guide's node, scaled; None is ``expected``.
+        closed_form: gives the KL of the guide's node from the model's at once, scaled, or None where it cannot.
+    """
     closed: dict[str, Tensor] = {}
+    model_latent: dict[str, Tensor] = {}
     for name, node in model_trace.nodes.items():
-        if not is_random(node):
-            continue
-        if node["is_observed"]:
-            reconstruction[name] = _value(node["log_prob_sum"])
+        if not is_random(node) or node["is_observed"]:
             continue
         guide_node = guide_trace.nodes.get(name)
-        kl = closed_form_kl(guide_node["fn"], node["fn"]) if analytic and guide_node is not None else None
+        if guide_node is None and node["infer"].get("_enumerate_dim") is not None:
+            continue
+        kl = closed_form(guide_node, node) if closed_form is not None and guide_node is not None else None
         if kl is not None:
-            closed[name] = _value(scale_and_mask(kl, guide_node["scale"], guide_node["mask"]).sum())
+            closed[name] = kl
         else:
-            model_latent[name] = _value(node["log_prob_sum"])
+            model_latent[name] = expected(node)
     guide_latent = {
-        name: _value(node["log_prob_sum"])
+        name: (negative_entropy or expected)(node)
         for name, node in guide_trace.nodes.items()
         if is_random(node) and name not in closed
     }
-    return Terms(reconstruction, {**closed, **_pair_up(model_latent, guide_latent)})
+    return {**closed, **_pair_up(model_latent, guide_latent)}
+
+
+def _summed(node: Any) -> Tensor:
+    return torch.as_tensor(detach_provenance(node["log_prob_sum"]))
+
+
+def _closed(guide_node: Any, node: Any) -> Tensor | None:
+    kl = closed_form_kl(guide_node["fn"], node["fn"])
+    if kl is None:
+        return None
+    total: Tensor = scale_and_mask(detach_provenance(kl), guide_node["scale"], guide_node["mask"]).sum()
+    return total
 
 
 def _pair_up(model: dict[str, Tensor], guide: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -210,7 +251,3 @@ def _expectations(traces: list[tuple[Any, Any]], loss: Tensor) -> Callable[[Any]
         return sum(parts, torch.zeros(()))
 
     return expected
-
-
-def _value(tensor: Any) -> Tensor:
-    return torch.as_tensor(detach_provenance(tensor)).detach()

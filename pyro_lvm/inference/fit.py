@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_lvm.capture.graph import choose_level
 from pyro_lvm.capture.hardware import require_autocast, require_cuda_graph
 from pyro_lvm.data import Rows, as_rows
+from pyro_lvm.elbo.estimator import Estimator
 from pyro_lvm.errors import ProgramWarning
 from pyro_lvm.evaluation import fresh_seed
 from pyro_lvm.guides import GuideKind
@@ -90,7 +91,8 @@ def fit(
         callbacks: called after each epoch with an `EpochEnd`; returning True stops. Raising KeyboardInterrupt, like
             pressing Ctrl-C, ends the fit with what it has.
         grad_clip_norm: the largest joint norm of all gradients, of the loss per datum.
-        early_stopping: an `EarlyStopping`, or True for its defaults.
+        early_stopping: an `EarlyStopping`, or True for its defaults; it looks at the epochs after an estimator's
+            schedule has arrived at its end value.
         check: whether to check the pair and the data before the first step, as `check` does by itself.
         fresh: whether to initialise modules again; otherwise they continue from where they are.
         progress: a progress bar; None shows one on a terminal.
@@ -163,6 +165,7 @@ def fit(
             prepared = prepare(request, untouched, cast)
             for doubt in suspicions(prepared.bound, prepared.structure, request.first()) if check else ():
                 warnings.warn(doubt, ProgramWarning, stacklevel=2)
+            _require_arrival(stopping, prepared.estimator)
             order = Order(rows, batch_size, strata_of(resolved, rows, batch_size), ordering)
             total_steps = steps if steps is not None else (epochs or 0) * order.steps_per_epoch
             level = choose_level(capture, total_steps)
@@ -281,6 +284,14 @@ def _stopping(early_stopping: EarlyStopping | bool | None, held_out: Rows | None
     if rule.monitor == "auto":
         rule = replace(rule, monitor="elbo" if held_out is None else "validation_elbo")
     return rule
+
+
+def _require_arrival(stopping: EarlyStopping | None, estimator: Estimator) -> None:
+    if stopping is not None and estimator.arrival >= 1.0:
+        raise ValueError(
+            f"early_stopping waits until {estimator!r} has arrived at what it ends with, which is at the last step: "
+            "let the schedule arrive before the end (until=0.5), or drop early_stopping"
+        )
 
 
 def _guide_in_words(recipe: Any, guide: Any, amortized: bool | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -174,13 +175,21 @@ class Loop:
             self._validate(watch.held_out, watch.seed)
         if isinstance(self.schedule, ReduceLROnPlateau):
             plateau_step(self.schedule, columns.get("validation_elbo", columns["elbo"])[-1])
-        stop = watch.stopping is not None and watch.stopping.should_stop(columns[watch.stopping.monitor])
+        stop = watch.stopping is not None and watch.stopping.should_stop(
+            columns[watch.stopping.monitor][self._epochs_under_way :]
+        )
         for callback in watch.callbacks:
             with isolated(None):
                 stop = callback(EpochEnd(epoch + 1, columns, self.prepared.bound.program.source)) is True or stop
         if watch.callbacks:
             self.step.program_may_have_changed()
         return stop
+
+    @property
+    def _epochs_under_way(self) -> int:
+        """Epochs in which the objective still changes: a bound that stands still there may move again."""
+        steps = math.ceil(self.prepared.estimator.arrival * (self.total_steps - 1))
+        return -(-steps // self.order.steps_per_epoch)
 
     def _validate(self, held_out: Rows, seed: int) -> None:
         """The validation ELBO of the last epoch, unless it is known."""

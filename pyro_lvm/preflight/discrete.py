@@ -68,7 +68,8 @@ def check_discrete(structure: Structure, estimator: Estimator) -> None:
 def not_summed_out(site: Site, estimator: Estimator) -> str:
     """The words for a site marked for an enumeration that the estimator does not carry out."""
     return (
-        f"{site} ({site.kind}) is enumerated, but {estimator!r} cannot sum it out: use elbo=TraceEnum_ELBO() "
+        f"{site} ({site.kind}) is enumerated, but {estimator!r} cannot sum it out: use "
+        f"{estimator.argument}=TraceEnum_ELBO() "
         f"(cost: {cost([site])})"
     )
 

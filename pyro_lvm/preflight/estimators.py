@@ -34,7 +34,7 @@ def check_estimator(
     """
     if isinstance(estimator.elbo, Objective):
         estimator.elbo.check(structure, batch)
-    if isinstance(estimator.elbo, TraceMeanField_ELBO):
+    if isinstance(getattr(estimator.elbo, "base", estimator.elbo), TraceMeanField_ELBO):
         _check_mean_field(structure, estimator, dependencies)
     if isinstance(estimator.elbo, RenyiELBO):
         _check_renyi(structure, estimator, batch)
@@ -57,7 +57,8 @@ def _check_mean_field(
 ) -> None:
     for site in structure.guide.values():
         fn = site.base
-        if isinstance(fn, Delta) and bool((torch.as_tensor(fn.log_density) != 0).any()):
+        takes_draws = isinstance(estimator.elbo, Objective)  # whose log-density counts the determinant
+        if not takes_draws and isinstance(fn, Delta) and bool((torch.as_tensor(fn.log_density) != 0).any()):
             raise ProgramError(
                 f"{site} is a transformed Normal of an autoguide, for which {estimator!r} leaves out the transform's "
                 "log-determinant: use elbo=Trace_ELBO()"
@@ -75,7 +76,7 @@ def _check_mean_field(
                 f"{structure.model[name]} hangs on {after[0]!r} in the model, but in the guide {after[0]!r} hangs on "
                 f"{name!r}: {estimator!r} takes KL(q({name}) || p({name} | {after[0]})) in closed form, which is right "
                 f"only where {after[0]!r} is drawn first (order in the model {model_order}, in the guide "
-                f"{guide_order}): reorder the guide, or use elbo=Trace_ELBO()"
+                f"{guide_order}): reorder the guide, or use {estimator.argument}=Trace_ELBO()"
             )
 
 
