@@ -222,9 +222,11 @@ def test_guides_made_from_the_model_have_their_sites_named_after_it():
     found = lvm.decompose(fit, X, 200, seed=0)
     assert {"kl[s]", "kl[z]"} <= set(found)
     assert found["kl"] == pytest.approx(found["kl[s]"] + found["kl[z]"], rel=1e-10)
-    within(found, "elbo", fit.elbo, 4.5 * fit.info["elbo_se"])
+    for name in ("elbo", *FORMS):
+        within(found, name, fit.elbo, 4.5 * fit.info["elbo_se"])
     joint = lvm.decompose(lvm.fit(model, X, guide="full_rank", steps=30, lr=0.05, seed=0), X, 50, seed=0)
     assert "kl[s+z]" in joint
+    assert joint["joint + entropy"] == pytest.approx(joint["joint - log q"], abs=1e-8)
     assert joint["gap"] > -4.5 * joint.figures["gap"].standard_error
 
 
