@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pyro_lvm import datasets, elbo, exact, likelihoods, networks, plots, priors, schedules, testing
 from pyro_lvm.criticism.amortization import AmortizationGap, amortization_gap
+from pyro_lvm.criticism.bits import bits_per_dimension
 from pyro_lvm.criticism.compare import compare_elbos
+from pyro_lvm.criticism.decompose import Decomposition, decompose
 from pyro_lvm.criticism.evidence import log_evidence
 from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
 from pyro_lvm.inference.chains import Chains
@@ -35,6 +37,7 @@ __all__ = [
     "BayesianPPCA",
     "Candidate",
     "Chains",
+    "Decomposition",
     "EarlyStopping",
     "FactorAnalysis",
     "Fit",
@@ -48,10 +51,12 @@ __all__ = [
     "SemiSupervisedVAE",
     "align_components",
     "amortization_gap",
+    "bits_per_dimension",
     "check",
     "compare_elbos",
     "coordinate_ascent",
     "datasets",
+    "decompose",
     "elbo",
     "em",
     "exact",

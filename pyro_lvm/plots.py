@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "decomposition",
     "graph",
     "image_grid",
     "interpolation",
@@ -72,6 +73,46 @@ def loss(fit: Any) -> Figure:
         beside.set_ylabel("KL, nats per datum")
     parts.legend(handles=lines)
     _limit_to_later(parts, list(history["reconstruction"].values()))
+    return figure
+
+
+def decomposition(parts: Any) -> Figure:
+    """Every form of the bound as two bars: its first term, and from there to the bound.
+
+    Args:
+        parts: a `Decomposition`.
+
+    Returns:
+        A figure with one pair of bars for each form, nats per datum; lines at the bound and at the evidence.
+    """
+    forms = {
+        "reconstruction - kl": ("reconstruction", "kl"),
+        "joint - log q": ("joint", "log q"),
+        "joint + entropy": ("joint", "entropy"),
+    }
+    ends = {form: parts[form] for form in forms}
+    if "kl_to_posterior" in parts:
+        known = "log p(x) - KL(q || p(z | x))"
+        forms[known] = ("log_evidence", "kl_to_posterior")
+        ends[known] = parts["log_evidence"] - parts["kl_to_posterior"]
+    figure = new_figure(8.0, 1.2 + 0.9 * len(forms))
+    axes = figure.subplots()
+    colours: dict[str, str] = {}
+    for row, form in enumerate(reversed(forms)):
+        start = 0.0
+        for name, height, end in zip(forms[form], (0.18, -0.18), (parts[forms[form][0]], ends[form]), strict=True):
+            label = None if name in colours else name
+            colour = colours.setdefault(name, f"C{len(colours)}")
+            axes.barh(row + height, end - start, left=start, height=0.32, color=colour, label=label)
+            start = end
+    axes.axvline(parts["elbo"], color="grey", linewidth=1.0, linestyle="--", label="elbo")
+    axes.axvline(parts["log_evidence"], color="black", linewidth=1.0, label="log p(x)")
+    places = [*ends.values(), *(parts[first] for first, _ in forms.values()), parts["log_evidence"]]
+    margin = 0.15 * (max(places) - min(places)) or 1.0
+    axes.set_xlim(min(places) - margin, max(places) + margin)
+    axes.set_yticks(range(len(forms)), list(reversed(forms)))
+    axes.set(xlabel="nats per datum", title="every form of the bound")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

@@ -529,6 +529,27 @@ def bayesian_ppca_rounds(
     return q, float(bound)
 
 
+# --- evidence by other routes, and bits ---------------------------------------------------------------------------
+
+
+def half_normal_evidence(x: np.ndarray, prior_scale: float, scale: float) -> np.ndarray:
+    """Log of the integral over s > 0 of 2 N(s; 0, prior_scale) N(x; s, scale), for each x, shape (n,)."""
+    precision = prior_scale**-2 + scale**-2
+    loc = x / scale**2 / precision
+    inside = scipy.stats.norm.logcdf(loc * np.sqrt(precision))
+    return np.log(2) + scipy.stats.norm.logpdf(x, 0, np.hypot(prior_scale, scale)) + inside
+
+
+def beta_bernoulli_evidence(counts: np.ndarray, trials: int, a: float, b: float) -> np.ndarray:
+    """Log probability of a sequence of ``trials`` coin throws with ``counts`` heads, its bias from Beta(a, b)."""
+    return scipy.special.betaln(a + counts, b + trials - counts) - scipy.special.betaln(a, b)
+
+
+def categorical_kl(q: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """KL(q || p) of every row of probabilities, shape (n,)."""
+    return scipy.special.rel_entr(q, p).sum(-1)
+
+
 # ---- the importance-weighted bound of a program with one Normal latent for each datum
 
 

@@ -164,7 +164,7 @@ def test_the_diagnostics_are_those_of_the_weights():
 
     count = 30
     found = lvm.log_evidence((model, guide), X, count, seed=0, return_diagnostics=True)
-    z = torch.stack(drawn[-count:]).numpy()
+    z = next(draws for draws in drawn if draws.shape == (count, N)).numpy()
     log_weight = oracles.normal_logpdf(z, 0, 1) + oracles.normal_logpdf(X.numpy(), z, 1)
     weight = np.exp(log_weight - oracles.normal_logpdf(z, 0.3 * X.numpy(), 1))
     assert found.log_evidence.numpy() == pytest.approx(np.log(weight.mean(0)), rel=1e-10)

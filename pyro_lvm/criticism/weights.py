@@ -8,8 +8,9 @@ the guide leaves to the model is drawn from its prior, and the prior cancels fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,11 +27,17 @@ from pyro_lvm.parameters import BoundProgram
 from pyro_lvm.structure import Site, Structure
 
 __all__ = [
+    "PARTICLES",
     "Draw",
+    "Source",
     "draw_enumerated",
     "draw_latent",
     "draw_local",
     "enumerated_probabilities",
+    "from_guide",
+    "from_prior",
+    "in_order",
+    "is_listed",
     "local_log_weight",
     "log_joint",
     "log_weight",
@@ -47,10 +54,74 @@ class Draw:
     Attributes:
         model_trace: the model's trace, tensors packed.
         guide_trace: the guide's trace, tensors packed.
+        particles: how many draws it holds side by side, in the plate `PARTICLES` left of all others, if more than one.
     """
 
     model_trace: Any
     guide_trace: Any
+    particles: int = 1
+
+    @property
+    def particle_symbols(self) -> list[str]:
+        """The symbol of the particles' dim, if there is one."""
+        return [self.model_trace.plate_to_symbol[PARTICLES]] if self.particles > 1 else []
+
+
+@dataclass(frozen=True)
+class Source:
+    """What draws are made with: a guide that draws, or lists, latent sites, and the model run against it.
+
+    Attributes:
+        model: takes a batch's arguments and keywords.
+        guide: likewise.
+        structure: of the program.
+        held: a trace with sites that are held at its values, or None.
+    """
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    structure: Structure
+    held: Any | None = None
+
+    def draw(self, batch: Batch, particles: int = 1) -> Draw:
+        """One draw of every sampled site, or several side by side."""
+        # around everything, where enumeration has seen the site before its value is given
+        replay: Any = nullcontext() if self.held is None else poutine.replay(trace=self.held)
+        with poutine.block(), replay:
+            return _enumerate(self.model, self.guide, self.structure, batch, particles)
+
+    def holding(self, nodes: Mapping[str, Any], values: Mapping[str, Tensor]) -> Source:
+        """The same with sites held at ``values``; ``nodes`` are those of a trace that has them."""
+        held = poutine.Trace()
+        for name, value in values.items():
+            held.add_node(name, **{**nodes[name], "value": value, "infer": {}})
+        return replace(self, held=held)
+
+
+PARTICLES = "num_particles_vectorized"
+"""The name that Pyro gives the plate of particles."""
+
+
+def from_guide(bound: BoundProgram, structure: Structure) -> Source:
+    """Draws of the guide.
+
+    Raises:
+        ProgramError: if a guide site is enumerated one value at a time.
+    """
+    for site in structure.enumerated_in_guide:
+        if site.enumerated == "sequential":
+            raise ProgramError(f"guide site {site.name!r} is enumerated sequentially: mark it 'parallel'")
+    return Source(bound.model, bound.guide, structure)
+
+
+def from_prior(bound: BoundProgram, structure: Structure) -> Source:
+    """Draws of the prior. Of the guide only what it lists stays, which may be clamped to what is known."""
+    source = from_guide(bound, structure)
+    if not structure.enumerated_in_guide:
+        return Source(source.model, lambda *_, **__: None, structure)
+    listed = [site.name for site in structure.enumerated_in_guide if site.enumerable]
+    hidden = [name for name in structure.guide if name not in listed]
+    return Source(source.model, poutine.block(source.guide, hide=hidden), structure)
 
 
 def draw_latent(bound: BoundProgram, structure: Structure, batch: Batch, fixed: Any | None = None) -> Draw:
@@ -65,11 +136,9 @@ def draw_latent(bound: BoundProgram, structure: Structure, batch: Batch, fixed: 
     Raises:
         ProgramError: if a guide site is enumerated one value at a time.
     """
-    for site in structure.enumerated_in_guide:
-        if site.enumerated == "sequential":
-            raise ProgramError(f"guide site {site.name!r} is enumerated sequentially: mark it 'parallel'")
-    guide = bound.guide if fixed is None else poutine.replay(bound.guide, trace=fixed)
-    return _enumerate(bound.model, guide, structure, batch)
+    source = from_guide(bound, structure)
+    guide = source.guide if fixed is None else poutine.replay(source.guide, trace=fixed)
+    return replace(source, guide=guide).draw(batch)
 
 
 def draw_local(bound: BoundProgram, structure: Structure, batch: Batch, draw: Draw) -> Draw:
@@ -82,7 +151,7 @@ def draw_local(bound: BoundProgram, structure: Structure, batch: Batch, draw: Dr
         return draw_latent(bound, structure, batch, fixed=held)
     shared = {site.name for site in structure.global_latent}
     held = _only(draw.guide_trace, lambda node: node["name"] in shared)
-    return _enumerate(poutine.replay(bound.model, trace=held), lambda *_, **__: None, structure, batch)
+    return Source(poutine.replay(bound.model, trace=held), lambda *_, **__: None, structure).draw(batch)
 
 
 def sampled_sites(structure: Structure) -> list[Site]:
@@ -114,12 +183,19 @@ def _is_delta(site: Site | None) -> bool:
     return site is not None and isinstance(site.base, Delta)
 
 
-def _enumerate(model: Callable[..., Any], guide: Callable[..., Any], structure: Structure, batch: Batch) -> Draw:
-    estimator = TraceEnum_ELBO(max_plate_nesting=structure.max_plate_nesting, strict_enumeration_warning=False)
+def _enumerate(
+    model: Callable[..., Any], guide: Callable[..., Any], structure: Structure, batch: Batch, particles: int = 1
+) -> Draw:
+    estimator = TraceEnum_ELBO(
+        num_particles=particles,
+        max_plate_nesting=structure.max_plate_nesting,  # to which it adds that of the particles
+        vectorize_particles=True,
+        strict_enumeration_warning=False,
+    )
     configure: Any = poutine.infer_config  # its own types ask for Pyro's messages and nothing less
     model, guide = (configure(function, config_fn=_without_repeats) for function in (model, guide))
-    with poutine.block():
-        return Draw(*next(estimator._get_traces(model, guide, batch.args, batch.named())))
+    model_trace, guide_trace = next(estimator._get_traces(model, guide, batch.args, batch.named()))
+    return Draw(model_trace, guide_trace, particles)
 
 
 def _without_repeats(site: Any) -> dict[str, Any]:
@@ -138,7 +214,10 @@ def _only(trace: Any, wanted: Callable[[Any], bool]) -> Any:
 
 
 def local_log_weight(draw: Draw, data_plate: str | None) -> Tensor:
-    """Log w of each datum given the shared draws, shape (batch,), nats; sites outside the data plate stay out of it.
+    """Log w of each datum given the shared draws, nats; sites outside the data plate stay out of it.
+
+    Returns:
+        Shape (batch,), or (particles, batch) for several draws side by side.
 
     Raises:
         ProgramError: if there is no plate over the rows, or a site outside it is enumerated.
@@ -150,12 +229,22 @@ def local_log_weight(draw: Draw, data_plate: str | None) -> Tensor:
         )
     factors = log_factors(draw.model_trace, draw.guide_trace, data_plate)
     _refuse_shared_lists(draw, factors, data_plate)
-    return factors.contract(frozenset({draw.model_trace.plate_to_symbol[data_plate]})).reshape(-1)
+    return in_order(factors, [*draw.particle_symbols, draw.model_trace.plate_to_symbol[data_plate]])
+
+
+def in_order(factors: Factors, symbols: list[str]) -> Tensor:
+    """All factors contracted to the plates ``symbols``, one dim for each."""
+    term: Any = factors.contract(frozenset(symbols))
+    return term.permute([term._pyro_dims.index(symbol) for symbol in symbols])  # type: ignore[no-any-return]
 
 
 def log_weight(draw: Draw) -> Tensor:
-    """Log p(x, everything drawn) - log q(everything drawn) of the whole batch, enumerated sites summed; shape ()."""
-    return log_factors(draw.model_trace, draw.guide_trace).contract().reshape(())
+    """Log p(x, everything drawn) - log q(everything drawn) of the whole batch, enumerated sites summed.
+
+    Returns:
+        Shape (), or (particles,) for several draws side by side.
+    """
+    return in_order(log_factors(draw.model_trace, draw.guide_trace), draw.particle_symbols)
 
 
 def log_joint(draw: Draw) -> Tensor:
@@ -198,11 +287,12 @@ def _listed_in_model(draw: Draw) -> dict[str, Any]:
 
 
 def _listed(draw: Draw) -> dict[str, Any]:
-    return {
-        name: node
-        for name, node in draw.model_trace.nodes.items()
-        if is_random(node) and node["infer"].get("_enumerate_dim") is not None
-    }
+    return {name: node for name, node in draw.model_trace.nodes.items() if is_random(node) and is_listed(node)}
+
+
+def is_listed(node: Any) -> bool:
+    """Whether a trace's node holds all values of an enumerated site instead of one."""
+    return node["infer"].get("_enumerate_dim") is not None
 
 
 def _refuse_shared_lists(draw: Draw, factors: Factors, data_plate: str) -> None:
