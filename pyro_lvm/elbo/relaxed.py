@@ -8,8 +8,8 @@ noise :math:`g_k`. With a softmax in place of the maximum, at temperature :math:
 the draw is a differentiable function of q (Gumbel-softmax; Jang, Gu and Poole, 2017, https://arxiv.org/abs/1611.01144;
 Maddison, Mnih and Teh, 2017, https://arxiv.org/abs/1611.00712). Its gradient is one of
 :math:`E[\log p(x \mid y^\tau)]`, which is not :math:`E[\log p(x \mid y)]`: biased for every :math:`\tau > 0`, while its
-variance grows without bound as :math:`\tau \to 0`. *Straight-through*: the model sees :math:`y` itself, and the gradient
-goes back as though it had seen :math:`y^\tau`.
+variance grows without bound as :math:`\tau \to 0`. *Straight-through*: the model sees :math:`y` itself, and the
+gradient goes back as though it had seen :math:`y^\tau`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from pyro.distributions import (
     RelaxedOneHotCategoricalStraightThrough,
 )
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -68,12 +67,13 @@ class Relaxed(Objective):
 
     Raises:
         ValueError: if ``num_particles`` is below 1, or a temperature is not positive.
-        ProgramError: if a site cannot be relaxed (a ``Categorical``, whose integer values pick rows: nothing lies between
-            two of them), if nothing is to be relaxed, if no gradient comes back from the model to a relaxed draw, or if
-            the KL has no closed form.
+        ProgramError: if a site cannot be relaxed (a ``Categorical``, whose integer values pick rows: nothing lies
+            between two of them), if nothing is to be relaxed, if no gradient comes back from the model to a relaxed
+            draw, or if the KL has no closed form.
 
     When it is wrong: always by a bias, which grows with the temperature and with how curved the model is in y; measure
-    it against ``ScoreFunction``. A model that looks at y with ``if``, ``argmax`` or an index does not see what is drawn.
+    it against ``ScoreFunction``. A model that looks at y with ``if``, ``argmax`` or an index does not see what is
+    drawn.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch, pyro_lvm as lvm
@@ -256,7 +256,7 @@ class _Given(Messenger):
 
 
 def _densities(model: Any, without: Iterable[str], args: Any, kwargs: Any) -> Any:
-    """The model's trace with the densities of all sites but the relaxed ones, whose values lie outside their support."""
+    """The model's trace with the densities of all sites but the relaxed ones, whose values are outside their support."""
     skipped = frozenset(without)
     trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
     trace.compute_log_prob(lambda name, node: name not in skipped)
@@ -275,8 +275,8 @@ def _closed_kl(name: str, guide_fn: Any, model_fn: Any) -> Tensor:
         kl: Tensor = kl_divergence(guide_fn, model_fn)
     except NotImplementedError:
         raise ProgramError(
-            f"site {name!r} is {type(base_of(guide_fn)).__name__} in the guide and {type(base_of(model_fn)).__name__} in "
-            "the model, between which there is no KL in closed form: use one distribution in both"
+            f"site {name!r} is {type(base_of(guide_fn)).__name__} in the guide and {type(base_of(model_fn)).__name__} "
+            "in the model, between which there is no KL in closed form: use one distribution in both"
         ) from None
     return kl
 
@@ -292,8 +292,8 @@ def _check_paths(loss: Tensor, replaced: _Replaced) -> None:
     for name, gradient in zip(moving, found, strict=True):
         if gradient is None:
             raise ProgramError(
-                f"site {name!r} is relaxed, but no gradient comes back to its draw: the model uses it as an index, or in "
-                "a comparison. Write what follows from it as a product, y @ table in place of table[y.argmax(-1)]"
+                f"site {name!r} is relaxed, but no gradient comes back to its draw: the model uses it as an index, or "
+                "in a comparison. Write what follows from it as a product, y @ table in place of table[y.argmax(-1)]"
             )
 
 

@@ -2,8 +2,8 @@ r"""Wake-sleep: a guide that covers the posterior instead of hiding in it.
 
 The plain bound fits the guide by the *exclusive* divergence :math:`\mathrm{KL}(q \,\|\, p(z \mid x))`, which punishes
 mass where the posterior has none: of two modes a narrow guide takes one. The *inclusive* one,
-:math:`\mathrm{KL}(p(z \mid x) \,\|\, q) = -E_{p(z \mid x)}[\log q(z \mid x)] + \text{const}`, punishes missing mass: the
-guide covers both. It needs draws from the posterior, and there are two ways to come near them. With
+:math:`\mathrm{KL}(p(z \mid x) \,\|\, q) = -E_{p(z \mid x)}[\log q(z \mid x)] + \text{const}`, punishes missing mass:
+the guide covers both. It needs draws from the posterior, and there are two ways to come near them. With
 :math:`\tilde w_{ik} = w_{ik} / \sum_j w_{ij}`, :math:`w_{ik} = p(x_i, z_k) / q(z_k \mid x_i)`, :math:`z_k \sim q`:
 
 .. math:: \text{wake-}\theta: \quad & \sum_i \sum_k \tilde w_{ik} \nabla_\theta \log p_\theta(x_i, z_k) \\
@@ -50,8 +50,8 @@ class WakeSleep(Objective):
     weights of its own. Dreams are as many as the batch has rows; what is dreamt takes the place of the data argument
     that the observed site was given, and other arguments (covariates) stay.
 
-    The loss is minus the importance-weighted bound, nats of the whole data set; the guide's gradient is not its gradient,
-    and a guide that gets better may leave it as it is.
+    The loss is minus the importance-weighted bound, nats of the whole data set; the guide's gradient is not that
+    of the loss, and a guide that gets better may leave it as it is.
 
     Args:
         num_particles: K, draws for each datum; with K = 1 all weights are one, and wake-phi would teach the guide
@@ -63,14 +63,14 @@ class WakeSleep(Objective):
         max_plate_nesting: dims that plates take; `pyro_lvm.fit` knows, `pyro.infer.SVI` finds out.
 
     Raises:
-        ValueError: if ``num_particles`` is below 1, or below 2 with wake_phi; if a weight is negative, or both are nought.
+        ValueError: if ``num_particles`` is below 1, or below 2 with wake_phi; if a weight is negative, or both are 0.
         ProgramError: if the guide has sites that the model has not; if all data share one weight and the batch is a
             part of them; with sleep, if an observed value is none of the data arguments, or the guide is no function of
             it: it would learn the prior.
 
     When it is wrong: the weights of one batch with few particles degenerate in many dimensions (see the effective
-    sample size of `pyro_lvm.log_evidence`), and the guide then follows single draws. A model that reads the data besides
-    observing them (an autoregressive one) dreams with real data in hand: use ``sleep=0``.
+    sample size of `pyro_lvm.log_evidence`), and the guide then follows single draws. A model that reads the data
+    besides observing them (an autoregressive one) dreams with real data in hand: use ``sleep=0``.
 
     Example:
         >>> import torch, pyro_lvm as lvm
@@ -101,8 +101,8 @@ class WakeSleep(Objective):
             raise ValueError("wake_phi and sleep are both 0: nothing would train the guide. Give one of them weight 1")
         if wake_phi > 0 and num_particles < 2:
             raise ValueError(
-                f"num_particles is {num_particles} with wake_phi={wake_phi:g}: one draw has weight 1 whatever it is, and "
-                "the guide would learn itself: use at least 2, or wake_phi=0"
+                f"num_particles is {num_particles} with wake_phi={wake_phi:g}: one draw has weight 1 whatever it is, "
+                "and the guide would learn itself: use at least 2, or wake_phi=0"
             )
         options: Any = {"vectorize_particles": vectorize_particles, "max_plate_nesting": max_plate_nesting}
         untyped: Any = super()
@@ -205,8 +205,8 @@ def _check_rows(sites: list[Any], rows: dict[str, Any]) -> None:
             if name not in rows and subsampling([frame]) != 1.0:
                 outside = next(site["name"] for site in sites if name not in plates_of(site))
                 raise ProgramError(
-                    f"site {outside!r} is outside plate {name!r}, so that all its {frame.full_size} rows have one weight "
-                    f"together, and {frame.size} of them say nothing of it: fit with batch_size=None, or use "
+                    f"site {outside!r} is outside plate {name!r}, so that all its {frame.full_size} rows have one "
+                    f"weight together, and {frame.size} of them say nothing of it: fit with batch_size=None, or use "
                     "elbo=Trace_ELBO() in minibatches"
                 )
 
@@ -233,9 +233,9 @@ def _matched(dream: Any, args: Any, kwargs: Any) -> dict[str, int | str]:
         same += [place for place, data in places.items() if _equal(data, value)]
         if not same:
             raise ProgramError(
-                f"site {name!r} observes a value of shape {tuple(value.shape)} that is none of the data arguments, so that "
-                "what is dreamt in its place cannot be given to the guide: pass the observed value itself as an argument, "
-                "or use sleep=0"
+                f"site {name!r} observes a value of shape {tuple(value.shape)} that is none of the data arguments, so "
+                "that what is dreamt in its place cannot be given to the guide: pass the observed value itself as an "
+                "argument, or use sleep=0"
             )
         found[name] = same[0]
     if len(set(found.values())) < len(found):
