@@ -256,7 +256,7 @@ class _Given(Messenger):
 
 
 def _densities(model: Any, without: Iterable[str], args: Any, kwargs: Any) -> Any:
-    """The model's trace with the densities of all sites but the relaxed ones, whose values are outside their support."""
+    """The model's trace with the densities of all sites but the relaxed ones, whose values have none."""
     skipped = frozenset(without)
     trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
     trace.compute_log_prob(lambda name, node: name not in skipped)

@@ -9,8 +9,9 @@ for every :math:`b` that does not depend on the draw :math:`y`, since :math:`E_q
 (REINFORCE; Williams, 1992, https://doi.org/10.1007/BF00992696). :math:`b`, the baseline, changes the variance only.
 
 Of the whole cost, minus the bound, only what can hang on :math:`y` has to be in :math:`c` (Rao-Blackwellisation;
-Ranganath, Gerrish and Blei, 2014, https://arxiv.org/abs/1401.0118): the densities at sites that model and guide come to
-after :math:`y`, and of these, in a plate around :math:`y`, those of the same row:
+Ranganath, Gerrish and Blei, 2014, https://arxiv.org/abs/1401.0118): the densities at :math:`y` and what model and guide
+come to after it (or after a site that the guide draws after it), and of these, in a plate around :math:`y`, those of
+the same row:
 
 .. math:: c_i = \log q(y_i \mid x_i) + \sum_{s \text{ after } y} \bigl(\log q(s_i) - \log p(s_i)\bigr)
 """
@@ -67,7 +68,8 @@ class ScoreFunction(Objective):
     - "average": a decaying mean of what the earlier steps' costs were, over rows and draws, one for each site.
     - a module :math:`b_\psi`: called with the data of the batch (not with ``size``, ``index``, ``weight``), it gives a
       cost in nats for each row, shape (batch,). It is trained in the same steps by
-      :math:`\sum_i (c_i - b_\psi(x_i))^2`, whose gradient reaches nothing but :math:`\psi` (NVIL; Mnih and Gregor, 2014, https://arxiv.org/abs/1402.0030).
+      :math:`\sum_i (c_i - b_\psi(x_i))^2`, whose gradient reaches nothing but :math:`\psi` (NVIL; Mnih and Gregor,
+      2014, https://arxiv.org/abs/1402.0030).
 
     Guide sites that can be reparameterised keep their path, and its smaller variance.
 
@@ -225,7 +227,9 @@ class ScoreFunction(Objective):
 
 def _signal(node: Any, model_sites: list[Any], guide_sites: list[Any], costs: dict[tuple[str, str], Tensor]) -> Signal:
     """All that may hang on a guide site's draw, row by row."""
-    after_in_guide, after_in_model = _from(node["name"], guide_sites), _from(node["name"], model_sites)
+    after_in_guide = _from({node["name"]}, guide_sites)
+    # the model may come first to a site that the guide drew last: its value already tells of this draw
+    after_in_model = _from({site["name"] for site in after_in_guide}, model_sites, node["name"])
     plates = plates_of(node)
     for later in after_in_guide:  # what the guide draws later for all rows may carry one row's draw to another
         plates = {name: frame for name, frame in plates.items() if name in plates_of(later)}
@@ -239,10 +243,12 @@ def _signal(node: Any, model_sites: list[Any], guide_sites: list[Any], costs: di
     return Signal(node["name"], total / scale, tuple(plates.values()), scale)
 
 
-def _from(name: str, sites: list[Any]) -> list[Any]:
-    """Sites from ``name`` on; all where it is none of them."""
-    names = [site["name"] for site in sites]
-    return sites[names.index(name) :] if name in names else sites
+def _from(names: set[str], sites: list[Any], needed: str | None = None) -> list[Any]:
+    """Sites from the first of ``names`` on; all where ``needed`` is none of them, and its place unknown."""
+    positions = {site["name"]: i for i, site in enumerate(sites)}
+    if needed is not None and needed not in positions:
+        return sites
+    return sites[min(positions[name] for name in names if name in positions) :]
 
 
 def _log_prob(node: Any) -> Tensor:
