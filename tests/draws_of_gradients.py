@@ -16,12 +16,14 @@ from pyro_lvm.elbo.estimator import Estimator
 from pyro_lvm.parameters import BoundProgram, isolated
 from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import as_program
+from tests.oracles import categorical_bound
 
 LOGITS = [1.2, -0.4, 0.3, 0.0, -1.0, 0.8, -0.2, 0.5, -0.7, 0.1]
 LOCS = [-2.0, -1.2, 0.4, 1.5, 0.9, -0.3, 2.2, -1.7, 0.1, 1.0]
 X = 0.7
 NORMAL = {"m": 0.3, "log_scale": -0.4, "w": 1.3}
 NOISE = 0.8
+VALUE = categorical_bound(LOGITS, LOCS, X)[0]
 
 
 def repeated(values, n):
@@ -65,6 +67,18 @@ class Normal(nn.Module):
     def guide(self, x, size=None):
         with pyro.plate("data", size or len(x), subsample=x):
             pyro.sample("z", self.kind(self.m, self.log_scale.exp()))
+
+
+class Linear(nn.Module):
+    """A baseline: slope times x plus offset, one number for each row."""
+
+    def __init__(self, slope=0.0, offset=0.0):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(slope, dtype=torch.float64))
+        self.offset = nn.Parameter(torch.tensor(offset, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.slope * x + self.offset
 
 
 def prepared(elbo, program, *data, size=None):

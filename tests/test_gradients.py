@@ -17,6 +17,8 @@ from tests.draws_of_gradients import (
     LOGITS,
     NOISE,
     NORMAL,
+    VALUE,
+    Linear,
     Normal,
     OfTen,
     X,
@@ -29,21 +31,9 @@ from tests.draws_of_gradients import (
 from tests.oracles import categorical_bound, normal_bound, slopes, two_particle_bound
 
 N = 20_000
-VALUE, BY_LOGITS, BY_LOCS = categorical_bound(LOGITS, LOCS, X)
+_, BY_LOGITS, BY_LOCS = categorical_bound(LOGITS, LOCS, X)
 BY_NORMAL = slopes(lambda **at: normal_bound(**at, x=X, noise=NOISE), NORMAL)
 BY_TWO = slopes(lambda **at: two_particle_bound(**at, x=X, noise=NOISE), NORMAL)
-
-
-class Linear(nn.Module):
-    """A baseline: slope times x plus offset, one number for each row."""
-
-    def __init__(self, slope=0.0, offset=0.0):
-        super().__init__()
-        self.slope = nn.Parameter(torch.tensor(slope, dtype=torch.float64))
-        self.offset = nn.Parameter(torch.tensor(offset, dtype=torch.float64))
-
-    def forward(self, x):
-        return self.slope * x + self.offset
 
 
 def is_right(found, right):

@@ -260,17 +260,22 @@ def _with(dream: Any, places: dict[str, int | str], args: Any, kwargs: Any) -> t
 
 
 def _check_listens(places: dict[str, int | str], guide: Any, dream: Any, args: Any, kwargs: Any) -> None:
-    """Raise where the guide gives the dreams another density for other data in no way: it is no function of them."""
-    densities = []
-    for factor in (1.0, 0.0):  # the dream, and noughts in its place
-        given, named = _with(dream, places, args, kwargs)
-        moved = [value * factor if i in places.values() else value for i, value in enumerate(given)]
-        named = {k: v * factor if k in places.values() else v for k, v in named.items()}
-        with torch.random.fork_rng(devices=[]):
-            trace = poutine.trace(poutine.replay(guide, trace=_latent(dream))).get_trace(*moved, **named)
+    """Raise where no way leads from a dream to the density that the guide gives it: it is no function of the data."""
+    positional, named = _with(dream, places, args, kwargs)
+    dreamt: dict[int | str, Tensor] = {p: positional[p] if isinstance(p, int) else named[p] for p in places.values()}
+    if not all(value.is_floating_point() for value in dreamt.values()):
+        return  # gradients do not tell
+    watched = {place: value.clone().requires_grad_() for place, value in dreamt.items()}
+    positional = tuple(watched.get(i, value) for i, value in enumerate(positional))
+    named = {name: watched.get(name, value) for name, value in named.items()}
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        trace = poutine.trace(poutine.replay(guide, trace=_latent(dream))).get_trace(*positional, **named)
         trace.compute_log_prob()
-        densities.append([node["log_prob_sum"] for node in trace.nodes.values() if is_random(node)])
-    if all(bool(a == b) for a, b in zip(*densities, strict=True)):
+        density = sum((node["log_prob_sum"] for node in trace.nodes.values() if is_random(node)), torch.zeros(()))
+        ways: Any = [None]
+        if density.requires_grad:
+            ways = torch.autograd.grad(density, list(watched.values()), allow_unused=True)
+    if all(way is None for way in ways):
         raise ProgramError(
             "the guide gives latents the same density whatever the data are, so that dreams would teach it the prior: "
             "make it a function of the data, or use sleep=0"
