@@ -145,6 +145,10 @@ class Relaxed(Objective):
         """Take the temperature at ``progress``."""
         self.temperature.advance(progress)
 
+    def arrival(self) -> float:
+        """The fraction of training from which on the temperature stays the same."""
+        return self.temperature.arrival()
+
     def tensors(self) -> tuple[Tensor, ...]:
         """The temperature."""
         return (self.temperature.tensor,)
