@@ -228,3 +228,18 @@ def test_it_trains_in_plain_svi_baseline_and_all():
 def test_with_nothing_to_score_it_is_the_plain_estimator():
     fit = lvm.fit((model_of_mean, guide_of_mean), data(), elbo=ScoreFunction(2, "rloo"), steps=300, lr=0.05, seed=0)
     assert fit.params["m"].item() == pytest.approx(data().mean().item(), abs=0.15)
+
+
+def test_a_program_that_does_not_broadcast_is_told_how_to_go_on():
+    class Stacked(Labels):
+        def model(self, x, size=None):
+            with pyro.plate("data", size or len(x), subsample=x):
+                y = pyro.sample("y", dist.Categorical(x.new_ones(3)))
+                pyro.sample("x", dist.Normal(torch.cat([self.locs[y]] * 2)[: len(x)], 1.0), obs=x)
+
+    x = clusters()
+    with pytest.raises(
+        lvm.ProgramError, match=r"4 particles in one pass.*does not broadcast.*vectorize_particles=False"
+    ):
+        lvm.fit(Stacked(), x, elbo=ScoreFunction(4), steps=1)
+    lvm.fit(Stacked(), x, elbo=ScoreFunction(4, vectorize_particles=False), steps=1, seed=0)
