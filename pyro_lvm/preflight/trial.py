@@ -38,7 +38,7 @@ def try_estimator(bound: BoundProgram, structure: Structure, estimator: Estimato
     except (RuntimeError, ValueError, AssertionError, NotImplementedError, KeyError, IndexError) as error:
         if isinstance(error, ProgramError):
             raise
-        reason = explained(error, seen) or _does_not_broadcast(bound, structure, estimator, batch)
+        reason = _does_not_broadcast(bound, structure, estimator, batch) or explained(error, seen)
         if reason is not None:
             raise ProgramError(reason) from error
         raise
@@ -59,7 +59,7 @@ def _does_not_broadcast(bound: BoundProgram, structure: Structure, estimator: Es
         return None
     return (
         f"{estimator!r} draws its {count} particles in one pass, with a dim of {count} on the left of every plate, and "
-        "the program does not broadcast over it: write shapes from the right (x.shape[-1], torch.cat(..., -1), Vindex), "
+        "the program does not broadcast over it: write shapes from the right (x.shape[-1], torch.cat(..., -1), Vindex) "
         "or give the estimator vectorize_particles=False"
     )
 
