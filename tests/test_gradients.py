@@ -314,3 +314,17 @@ def test_what_the_guide_draws_later_for_all_rows_may_carry_a_rows_draw_to_anothe
 def own_rows_only(node):
     """As though all sites stood in the data plate: other rows' costs are left out."""
     return plates_of(node) or {"data": type("Frame", (), {"name": "data", "dim": -1, "size": 3, "full_size": 3})}
+
+
+def test_every_draw_is_the_formula():
+    """Of one label k: the cost at k times the score at k, and nothing beside."""
+    found, _ = draws(ScoreFunction(), OfTen(200))
+    q = torch.tensor(LOGITS, dtype=torch.float64).softmax(0)
+    cost = (
+        q.log()
+        + torch.tensor(10.0).double().log()
+        - dist.Normal(torch.tensor(LOCS).double(), 1.0).log_prob(torch.tensor(X).double())
+    )
+    possible = cost[:, None] * (torch.eye(10, dtype=torch.float64) - q)
+    distance = (found["logits"][:, None] - possible).abs().amax(-1).amin(-1)
+    assert distance.max() < 1e-12
