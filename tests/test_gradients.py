@@ -319,12 +319,9 @@ def own_rows_only(node):
 def test_every_draw_is_the_formula():
     """Of one label k: the cost at k times the score at k, and nothing beside."""
     found, _ = draws(ScoreFunction(), OfTen(200))
-    q = torch.tensor(LOGITS, dtype=torch.float64).softmax(0)
-    cost = (
-        q.log()
-        + torch.tensor(10.0).double().log()
-        - dist.Normal(torch.tensor(LOCS).double(), 1.0).log_prob(torch.tensor(X).double())
-    )
+    logits, locs, x = (torch.tensor(value, dtype=torch.float64) for value in (LOGITS, LOCS, X))
+    q = logits.softmax(0)
+    cost = (10 * q).log() - dist.Normal(locs, 1.0).log_prob(x)
     possible = cost[:, None] * (torch.eye(10, dtype=torch.float64) - q)
     distance = (found["logits"][:, None] - possible).abs().amax(-1).amin(-1)
     assert distance.max() < 1e-12
