@@ -598,3 +598,49 @@ def codewords_log_density(x: np.ndarray, codewords: np.ndarray, flip: float) -> 
     wrong = (x[:, None] != codewords[None]).sum(-1)
     log_joint = wrong * np.log(flip) + (x.shape[1] - wrong) * np.log1p(-flip)
     return np.asarray(scipy.special.logsumexp(log_joint, axis=1) - np.log(len(codewords)))
+
+
+# --- gradients of bounds, one datum --------------------------------------------------------------------------------
+
+
+def categorical_bound(logits: np.ndarray, locs: np.ndarray, x: float) -> tuple[float, np.ndarray, np.ndarray]:
+    """The bound of y uniform, x | y ~ N(locs[y], 1), q = softmax(logits), and its gradients in logits and locs."""
+    q = scipy.special.softmax(logits)
+    locs = np.asarray(locs)
+    f = scipy.stats.norm(locs, 1.0).logpdf(x) - np.log(len(q)) - np.log(q)
+    return float(q @ f), q * (f - q @ f), q * (x - locs)
+
+
+def normal_bound(m: float, log_scale: float, w: float, x: float, noise: float) -> float:
+    """The bound of z ~ N(0, 1), x | z ~ N(w z, noise), q = N(m, exp(log_scale))."""
+    variance = np.exp(2 * log_scale)
+    expected = -0.5 * ((x - w * m) ** 2 + w**2 * variance) / noise**2 - np.log(noise) - 0.5 * np.log(2 * np.pi)
+    return float(expected - 0.5 * (variance + m**2 - 1) + log_scale)
+
+
+def two_particle_bound(m: float, log_scale: float, w: float, x: float, noise: float, nodes: int = 80) -> float:
+    """The importance-weighted bound with K = 2 of the same program, by Gauss-Hermite quadrature over both draws."""
+    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    weights = weights / weights.sum()
+    z = m + np.exp(log_scale) * points
+    log_w = scipy.stats.norm(0, 1).logpdf(z) + scipy.stats.norm(w * z, noise).logpdf(x)
+    log_w -= scipy.stats.norm(m, np.exp(log_scale)).logpdf(z)
+    pairs = np.logaddexp(log_w[:, None], log_w[None, :]) - np.log(2)
+    return float(weights @ pairs @ weights)
+
+
+def slopes(function: Callable[..., float], at: dict[str, float], step: float = 1e-5) -> dict[str, float]:
+    """Central differences of a function of named numbers."""
+
+    def moved(name: str, by: float) -> float:
+        return function(**{**at, name: at[name] + by})
+
+    return {name: (moved(name, step) - moved(name, -step)) / (2 * step) for name in at}
+
+
+def posterior_moments(log_joint: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> tuple[float, float]:
+    """Mean and standard deviation of a density on a line, known up to a factor, by a fine grid."""
+    z = np.linspace(low, high, 20_001)
+    p = scipy.special.softmax(log_joint(z))
+    mean = float(p @ z)
+    return mean, float(np.sqrt(p @ (z - mean) ** 2))

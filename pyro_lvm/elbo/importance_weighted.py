@@ -40,14 +40,12 @@ from torch import Tensor
 from pyro_lvm.data import Batch
 from pyro_lvm.elbo.factors import log_factors
 from pyro_lvm.elbo.objective import Estimate, Objective
+from pyro_lvm.elbo.particles import PARTICLES
 from pyro_lvm.elbo.terms import is_random, read_terms, watch_factors
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.structure import Structure
 
 __all__ = ["ImportanceWeighted"]
-
-PARTICLES = "num_particles_vectorized"
-"""The name that Pyro gives the plate over particles."""
 
 
 class ImportanceWeighted(Objective):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
+import pyro
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
 from torch import Tensor, nn
@@ -96,6 +97,8 @@ class Objective(ELBO):
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Minus the objective, with its gradient added to the parameters'."""
+        for number, module in enumerate(self.modules()):  # by this Pyro's SVI hears of them
+            pyro.module(f"{type(self).__name__}.{number}", module)
         found = self.estimate(model, guide, args, kwargs)
         if found.surrogate.requires_grad:
             found.surrogate.backward(retain_graph=self.retain_graph)
