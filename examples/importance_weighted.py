@@ -19,7 +19,7 @@ import pyro_lvm as lvm
 
 
 def load(root: str | None) -> tuple[Any, Tensor]:
-    """Training images, drawn anew as bits in every epoch, and 1 000 test images; scikit-learn's digits without a root."""
+    """Training images as bits that every epoch draws anew, and 1 000 test images; without a root, the digits."""
     if root is None:
         digits = lvm.datasets.digits()
         return (digits.train.x > 0.5).float(), (digits.test.x > 0.5).float()

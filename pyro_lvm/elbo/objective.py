@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,24 @@ class Objective(ELBO):
 
     samples_discrete = False
     """Whether a discrete site may be drawn in the guide, because its gradient is known without a path."""
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = math.inf,
+        retain_graph: bool | None = None,
+    ) -> None:
+        if num_particles < 1:
+            raise ValueError(f"num_particles is {num_particles}: it must be at least 1")
+        untyped: Any = super()
+        untyped.__init__(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles,
+            max_plate_nesting=max_plate_nesting,
+            retain_graph=retain_graph,
+        )
 
     @abstractmethod
     def estimate(self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Estimate:

@@ -104,11 +104,7 @@ class Relaxed(Objective):
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
     ) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles is {num_particles}: it must be at least 1")
-        options: Any = {"vectorize_particles": vectorize_particles, "max_plate_nesting": max_plate_nesting}
-        untyped: Any = super()
-        untyped.__init__(num_particles, **options)
+        super().__init__(num_particles, vectorize_particles=vectorize_particles, max_plate_nesting=max_plate_nesting)
         self.temperature = Scheduled(temperature, "temperature", lambda value: value > 0, "above 0")
         self.straight_through = straight_through
         self.sites = None if sites is None else frozenset(sites)

@@ -47,7 +47,7 @@ class Reweighted(Objective):
         if isinstance(sites, str):
             raise TypeError(f"sites is {sites!r}: name the sites in a list, [{sites!r}]")
         made = base() if isinstance(base, type) else copy.copy(base)
-        super().__init__(  # type: ignore[no-untyped-call]
+        super().__init__(
             num_particles=made.num_particles,
             max_plate_nesting=made.max_plate_nesting,
             vectorize_particles=made.vectorize_particles,

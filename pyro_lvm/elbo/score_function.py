@@ -117,8 +117,7 @@ class ScoreFunction(Objective):
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
     ) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles is {num_particles}: it must be at least 1")
+        super().__init__(num_particles, vectorize_particles=vectorize_particles, max_plate_nesting=max_plate_nesting)
         if not (baseline in (None, "rloo", "average") or isinstance(baseline, nn.Module)):
             raise TypeError(f"baseline={baseline!r} is not known: use None, 'rloo', 'average', or a torch.nn.Module")
         if baseline == "rloo" and num_particles < 2:
@@ -128,9 +127,6 @@ class ScoreFunction(Objective):
             )
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay is {decay}: it must be at least 0 and below 1")
-        options: Any = {"vectorize_particles": vectorize_particles, "max_plate_nesting": max_plate_nesting}
-        untyped: Any = super()
-        untyped.__init__(num_particles, **options)
         self.baseline, self.decay = baseline, decay
         self._averages: dict[str, Tensor] = {}
 

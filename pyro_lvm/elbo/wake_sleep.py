@@ -92,8 +92,7 @@ class WakeSleep(Objective):
         vectorize_particles: bool = True,
         max_plate_nesting: float = math.inf,
     ) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles is {num_particles}: it must be at least 1")
+        super().__init__(num_particles, vectorize_particles=vectorize_particles, max_plate_nesting=max_plate_nesting)
         for name, weight in (("wake_phi", wake_phi), ("sleep", sleep)):
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"{name} is {weight}: it must be 0 or more")
@@ -104,9 +103,6 @@ class WakeSleep(Objective):
                 f"num_particles is {num_particles} with wake_phi={wake_phi:g}: one draw has weight 1 whatever it is, "
                 "and the guide would learn itself: use at least 2, or wake_phi=0"
             )
-        options: Any = {"vectorize_particles": vectorize_particles, "max_plate_nesting": max_plate_nesting}
-        untyped: Any = super()
-        untyped.__init__(num_particles, **options)
         self.wake_phi, self.sleep = float(wake_phi), float(sleep)
         self._observed_in: dict[str, int | str] | None = None
 
