@@ -147,7 +147,7 @@ def test_weight_one_is_the_base(base, particles, vectorize):
     options = {
         "num_particles": particles,
         "vectorize_particles": vectorize,
-        "max_plate_nesting": 1 + vectorize,
+        "max_plate_nesting": 1,
         **QUIET,
     }
     program = Program()
@@ -160,7 +160,7 @@ def test_weight_one_is_the_base(base, particles, vectorize):
 
 @pytest.mark.parametrize(("particles", "vectorize"), [(1, False), (2, False), (2, True)])
 def test_weight_one_is_the_base_where_the_guide_enumerates(particles, vectorize):
-    options = {"num_particles": particles, "vectorize_particles": vectorize, "max_plate_nesting": 1 + vectorize}
+    options = {"num_particles": particles, "vectorize_particles": vectorize, "max_plate_nesting": 1}
     program, x = Labels(), X[: len(Y)]
     loss, gradients = base_loss(TraceEnum_ELBO(**options), program, x, Y)
     for elbo in (KLWeighted(TraceEnum_ELBO(**options), beta=1), FreeBits(TraceEnum_ELBO(**options), nats=0)):
@@ -269,7 +269,7 @@ def test_capacity_by_hand(capacity):
 def test_particles_are_averaged_before_the_maximum_is_taken():
     for vectorize in (False, True):
         program = Program()
-        base = Trace_ELBO(num_particles=3, vectorize_particles=vectorize, max_plate_nesting=1 + vectorize)
+        base = Trace_ELBO(num_particles=3, vectorize_particles=vectorize, max_plate_nesting=1)
         loc, scale = program.encoder(X).detach().numpy(), program.log_scale.exp().detach().numpy()
         loss, _, _ = evaluated(FreeBits(base, nats=0.3), program, X)
         z = np.stack(program.drawn).reshape(3, N, LATENT)
@@ -292,7 +292,7 @@ def test_entropy_by_hand():
 
 def test_entropy_has_the_plain_bound_as_mean_and_its_gradient():
     program = Program()
-    particles = {"num_particles": 2000, "vectorize_particles": True, "max_plate_nesting": 2}
+    particles = {"num_particles": 2000, "vectorize_particles": True, "max_plate_nesting": 1}
     loss, gradients, _ = evaluated(Entropy(Trace_ELBO(**particles)), program, X)
     log_q = oracles.normal_logpdf(
         program.drawn[-1], program.encoder(X).detach().numpy(), program.log_scale.exp().detach().numpy()
@@ -675,7 +675,7 @@ def test_beside_a_site_that_the_model_sums_out_the_others_are_weighed():
     x = X[:, 0]
     with pyro.get_param_store().scope():
         pyro.set_rng_seed(1)
-        loc = float(poutine.trace(guide_of_loc).get_trace(x).nodes["loc"]["value"])
+        loc = poutine.trace(guide_of_loc).get_trace(x).nodes["loc"]["value"].item()
         pyro.set_rng_seed(1)
         found = KLWeighted(TraceEnum_ELBO(max_plate_nesting=1), beta=2.5).estimate(
             mixture_with_a_prior, guide_of_loc, (x,), {}

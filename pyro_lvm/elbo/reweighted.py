@@ -49,7 +49,6 @@ class Reweighted(Objective):
         made = base() if isinstance(base, type) else copy.copy(base)
         super().__init__(  # type: ignore[no-untyped-call]
             num_particles=made.num_particles,
-            max_plate_nesting=made.max_plate_nesting,
             vectorize_particles=made.vectorize_particles,
             retain_graph=made.retain_graph,
         )
