@@ -297,13 +297,19 @@ def test_the_semi_supervised_vae_with_weighted_rows():
 
 @pytest.mark.parametrize(
     "elbo",
-    [KLWeighted(beta=3.0), KLWeighted(Trace_ELBO(), beta=0.0), Capacity(capacity=0.0, gamma=2.0), FreeBits(nats=1e-4)],
+    [
+        KLWeighted(beta=3.0),
+        KLWeighted(Trace_ELBO(), beta=0.0),
+        Capacity(capacity=0.2, gamma=2.0),
+        FreeBits(nats=1e-4),
+        FreeBits(nats=100.0),
+    ],
 )
 def test_minibatches_average_to_the_whole(elbo):
     """The batches' losses, weighted by rows, are the loss: exactly, as the decoder ignores z. The last is short."""
     program = Program().ignoring()
     with torch.no_grad():
-        program.encoder.bias.fill_(0.7)  # every batch's mean KL is above the floor
+        program.encoder.bias.fill_(0.7)  # every batch's mean KL is on the same side of floor and capacity
     whole, gradients, _ = evaluated(elbo, program, X)
     batches = X.split(15)
     assert [len(batch) for batch in batches] == [15, 15, 10]
