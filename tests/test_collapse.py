@@ -28,7 +28,7 @@ def noisy_codewords(n=400, flip=0.1):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_collapse_is_mended_by_free_bits_and_by_warm_up(seed, monkeypatch):
-    """A code pays once the decoder reads all of it; plain training has given it up by then, for the KL charges at once."""
+    """A code pays once the decoder reads all of it; the KL charges at once, and plain training gives it up by then."""
     monkeypatch.setattr(bound, "MAX_PASSES", 8)  # to within a tenth of what is at stake
     x = noisy_codewords()
     bits = x.mean(0).double().numpy()

@@ -51,8 +51,16 @@ def test_what_it_looks_like():
     assert repr(FreeBits(nats=0.5, per="site")) == "FreeBits(TraceMeanField_ELBO(), nats=0.5, per='site')"
 
 
+def test_the_check_says_what_is_in_closed_form():
+    program = Program()
+    for elbo, kl in ((KLWeighted(beta=2.0), "closed form"), (KLWeighted(Trace_ELBO(), beta=2.0), "sampled")):
+        assert lvm.check(program, X, elbo=elbo).sites[0].kl == kl
+
+
 def test_a_given_base_stays_as_it_is():
-    base = TraceMeanField_ELBO()
+    base = TraceMeanField_ELBO(num_particles=2, vectorize_particles=True)
+    program = Program()
+    KLWeighted(base, beta=2.0).loss(program.model, program.guide, X)  # which finds out how plates nest
     lvm.fit(Program(), X, elbo=KLWeighted(base, beta=2.0), steps=2, seed=0)
     assert base.max_plate_nesting == float("inf")
 

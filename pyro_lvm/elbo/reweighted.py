@@ -53,6 +53,7 @@ class Reweighted(Objective):
             retain_graph=made.retain_graph,
         )
         self.base, self.sites = made, None if sites is None else tuple(sites)
+        self.analytic = isinstance(made, TraceMeanField_ELBO)
         self.enumerates = self.enumerates_guide = isinstance(made, TraceEnum_ELBO)
 
     def __repr__(self) -> str:
