@@ -92,6 +92,21 @@ def test_the_plain_bound_is_reported_whatever_the_temperature(straight_through, 
     assert (loss == pytest.approx(-VALUE, abs=0.03)) == straight_through
 
 
+@pytest.mark.parametrize("elbo", [Relaxed(0.5), Relaxed(0.5, straight_through=True, num_particles=2)], ids=repr)
+def test_a_minibatch_is_scaled_to_all_rows(elbo):
+    program, x = OfTen(6), torch.full((6,), X, dtype=torch.float64)
+
+    def scaled(size):
+        with isolated(0, validate=False):
+            estimator, bound, batch = prepared(elbo, program, x, size=size)
+            program.zero_grad()
+            loss, terms = estimator.step(bound, batch, list(program.parameters()), None, 1)
+        return torch.stack([loss, terms.elbo]), program.logits.grad.clone(), program.locs.grad.clone()
+
+    for part, whole in zip(scaled(6), scaled(24), strict=True):
+        assert torch.allclose(whole, 4 * part, rtol=1e-12, atol=1e-14)
+
+
 def test_rounded_draws_are_draws_of_the_discrete_distribution():
     program = OfTen(50_000)
     x = torch.full((50_000,), X, dtype=torch.float64)

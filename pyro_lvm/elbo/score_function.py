@@ -198,7 +198,7 @@ class ScoreFunction(Objective):
             return (cost.sum(0) - cost) / (len(cost) - 1)
         if self.baseline == "average":
             average = self._averages.setdefault(signal.site, cost.new_zeros(2))
-            total, weight = average.clone()  # the step will change it
+            total, weight = average
             return torch.where(weight > 0, total / weight.clamp(min=torch.finfo(cost.dtype).tiny), 0.0)
         return cost.new_zeros(())
 
