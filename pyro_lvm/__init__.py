@@ -6,6 +6,7 @@ from pyro_lvm import datasets, elbo, exact, likelihoods, networks, plots, priors
 from pyro_lvm.criticism.amortization import AmortizationGap, amortization_gap
 from pyro_lvm.criticism.compare import compare_elbos
 from pyro_lvm.criticism.evidence import log_evidence
+from pyro_lvm.criticism.gradients import GradientReport, gradient_report
 from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
 from pyro_lvm.inference.chains import Chains
 from pyro_lvm.inference.check import check
@@ -16,10 +17,10 @@ from pyro_lvm.inference.fit import fit
 from pyro_lvm.inference.mcmc import mcmc
 from pyro_lvm.inference.record import Fit
 from pyro_lvm.inference.select import Candidate, Selection, select
+from pyro_lvm.label_switching import align_components
 from pyro_lvm.models.bayesian_ppca import BayesianPPCA
 from pyro_lvm.models.factor_analysis import FactorAnalysis
 from pyro_lvm.models.gaussian_mixture import GaussianMixture
-from pyro_lvm.models.label_switching import align_components
 from pyro_lvm.models.ppca import PPCA
 from pyro_lvm.models.semi_supervised_vae import SemiSupervisedVAE
 from pyro_lvm.models.vae import VAE
@@ -39,6 +40,7 @@ __all__ = [
     "FactorAnalysis",
     "Fit",
     "GaussianMixture",
+    "GradientReport",
     "NonFiniteError",
     "Posterior",
     "ProgramError",
@@ -56,6 +58,7 @@ __all__ = [
     "em",
     "exact",
     "fit",
+    "gradient_report",
     "likelihoods",
     "log_evidence",
     "mcmc",

@@ -525,3 +525,21 @@ def bayesian_ppca_rounds(
     q = {"loadings": w, "loadings_covariance": w_cov, "mean": mu, "mean_scale": np.sqrt(mu_var)}
     q |= {"relevance_rate": relevance_rate, "precision_rate": np.array(noise_rate)}
     return q, float(bound)
+
+
+# --- gradients of a shared normal guide ----------------------------------------------------------------------------
+
+
+def shared_normal_gradient(x: np.ndarray, a: float, s: float, b: float) -> dict[tuple[str, str], tuple[float, float]]:
+    """Mean and variance of the gradient of the loss per datum, x_i ~ N(z_i + b, 1), z_i ~ N(0, 1), q(z_i) = N(a, s).
+
+    One draw z_i = a + s e_i for each of n rows. "path": log q is sampled, "closed": its KL is in closed form.
+    d/da of -log p(x|z) is z + b - x, of -log p(z) is z, of log q at a + s e nought; d/da of the KL is a.
+    """
+    n = len(x)
+    return {
+        ("a", "path"): (float((2 * a + b - x).mean()), 4 * s**2 / n),
+        ("a", "closed"): (float((2 * a + b - x).mean()), s**2 / n),
+        ("b", "path"): (float((a + b - x).mean()), s**2 / n),
+        ("b", "closed"): (float((a + b - x).mean()), s**2 / n),
+    }
