@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pyro_lvm import datasets, elbo, exact, likelihoods, networks, plots, priors, schedules, testing
 from pyro_lvm.criticism.amortization import AmortizationGap, amortization_gap
+from pyro_lvm.criticism.calibration import calibration
 from pyro_lvm.criticism.compare import compare_elbos
+from pyro_lvm.criticism.diagnose import diagnose
 from pyro_lvm.criticism.evidence import log_evidence
+from pyro_lvm.criticism.findings import Diagnosis, Finding
 from pyro_lvm.criticism.gradients import GradientReport, gradient_report
+from pyro_lvm.criticism.runs import diagnose_runs
 from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
 from pyro_lvm.inference.chains import Chains
 from pyro_lvm.inference.check import check
@@ -36,8 +40,10 @@ __all__ = [
     "BayesianPPCA",
     "Candidate",
     "Chains",
+    "Diagnosis",
     "EarlyStopping",
     "FactorAnalysis",
+    "Finding",
     "Fit",
     "GaussianMixture",
     "GradientReport",
@@ -50,10 +56,13 @@ __all__ = [
     "SemiSupervisedVAE",
     "align_components",
     "amortization_gap",
+    "calibration",
     "check",
     "compare_elbos",
     "coordinate_ascent",
     "datasets",
+    "diagnose",
+    "diagnose_runs",
     "elbo",
     "em",
     "exact",

@@ -107,7 +107,18 @@ def test_nothing_is_changed_and_the_table_prints():
     assert pair.a.item() == A
     assert torch.equal(torch.get_rng_state(), state)
     lines = str(report).splitlines()
-    assert lines[0].split() == ["estimator", "group", "entries", "|mean|", "variance", "SNR", "ms/step", "ms", "x", "var"]
+    assert lines[0].split() == [
+        "estimator",
+        "group",
+        "entries",
+        "|mean|",
+        "variance",
+        "SNR",
+        "ms/step",
+        "ms",
+        "x",
+        "var",
+    ]
     assert len({len(line) for line in lines}) == 1
     assert len(lines) == 1 + len(report)
 

@@ -145,7 +145,8 @@ def gradient_report(
     if num_draws < 2:
         raise ValueError(f"num_draws is {num_draws}: a variance needs at least 2")
     if not callable(groups) and groups not in get_args(Grouping):
-        raise ValueError(f"groups={groups!r} is not known: use {', '.join(map(repr, get_args(Grouping)))} or a function")
+        known = ", ".join(map(repr, get_args(Grouping)))
+        raise ValueError(f"groups={groups!r} is not known: use {known} or a function")
     evaluation = Evaluation.of(program, x)
     seed = fresh_seed() if seed is None else seed
     of_group = _groups(evaluation, groups)
