@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,9 +89,8 @@ def pareto_k(log_weights: np.ndarray) -> np.ndarray:
     arviz_of_any_age: Any = arviz
     if hasattr(arviz, "psislw"):
         return np.atleast_1d(np.asarray(arviz_of_any_age.psislw(log_weights)[1]))
-    from arviz_stats.base import array_stats  # of ArviZ 1.x; it is handed minus the log-weights
-
-    return np.atleast_1d(np.asarray(array_stats.psislw(-log_weights, axis=-1)[1]))
+    stats: Any = importlib.import_module("arviz_stats.base").array_stats  # of ArviZ 1.x: it takes minus the log-weights
+    return np.atleast_1d(np.asarray(stats.psislw(-log_weights, axis=-1)[1]))
 
 
 def convergence(draws: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:

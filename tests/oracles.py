@@ -543,3 +543,32 @@ def shared_normal_gradient(x: np.ndarray, a: float, s: float, b: float) -> dict[
         ("b", "path"): (float((a + b - x).mean()), s**2 / n),
         ("b", "closed"): (float((a + b - x).mean()), s**2 / n),
     }
+
+
+# --- a guide's tails, units and information -------------------------------------------------------------------------
+
+
+def normal_tail_index(guide_scale: float, target_scale: float) -> float:
+    """Pareto index k of w = N(z; 0, t) / N(z; 0, s), z ~ N(0, s^2), for s < t.
+
+    log w = a z^2 + c with a = (1 / s^2 - 1 / t^2) / 2, and P(z^2 > v) falls like exp(-v / 2 s^2), so that
+    P(w > u) falls like u^(-1 / (2 a s^2)): k = 2 a s^2 = 1 - s^2 / t^2.
+    """
+    return 1 - (guide_scale / target_scale) ** 2
+
+
+def ppca_unit_kl(variance: np.ndarray) -> np.ndarray:
+    """Mean KL of each unit's posterior N(m, v) from N(0, 1) at the maximum of PPCA, where m has variance 1 - v."""
+    return -0.5 * np.log(variance)
+
+
+
+def normal_pair_distinctness(distance: float) -> float:
+    """Jensen-Shannon divergence of N(0, 1) and N(distance, 1) over log 2, by quadrature."""
+    from scipy.integrate import quad
+
+    def integrand(x: float) -> float:
+        p, q = scipy.stats.norm.pdf(x), scipy.stats.norm.pdf(x, distance)
+        return float(0.5 * (scipy.special.rel_entr(p, (p + q) / 2) + scipy.special.rel_entr(q, (p + q) / 2)))
+
+    return quad(integrand, -10, 10 + distance, limit=200)[0] / np.log(2)

@@ -53,6 +53,7 @@ ORDER = (
     "capture",
     "inference",
     "figures",
+    "diagnosis_panels",
     "graph",
     "plots",
     "datasets",

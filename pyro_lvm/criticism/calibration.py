@@ -24,6 +24,7 @@ from pyro_lvm.criticism.predictive import data_sites, draw_posterior
 from pyro_lvm.data import Batch, Rows
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation, fresh_seed
+from pyro_lvm.structure import Site
 
 __all__ = ["calibrate_amortised", "calibration", "needs_refits", "rank_finding", "ranks_of"]
 
@@ -105,9 +106,18 @@ def needs_refits(evaluation: Evaluation) -> str | None:
         return f"all data share {names}, and the guide of what they share belongs to one data set"
     if isinstance(program.guide, AutoGuide) and any(s.name in structure.guide for s in structure.local_latent):
         return "the autoguide has parameters of its own for each datum"
+    clamped = [site.name for site in structure.guide.values() if _is_clamped(site)]
+    if clamped:
+        return f"the guide clamps {', '.join(clamped)} where the data say what it is, which simulated data would not do"
     if "index" in program.keywords["guide"]:
         return "the guide asks for row numbers, and so has parameters of its own for each datum"
     return None
+
+
+def _is_clamped(site: Site) -> bool:
+    """Whether the guide leaves a discrete site no choice in some rows."""
+    logits = getattr(site.base, "logits", None) if site.discrete else None
+    return logits is not None and bool(logits.isneginf().any())
 
 
 def calibrate_amortised(evaluation: Evaluation, num_simulations: int, num_draws: int, seed: int) -> Finding:
@@ -150,8 +160,8 @@ def _simulate(evaluation: Evaluation, batch: Batch) -> tuple[dict[str, Tensor], 
     if evaluation.bound.program.missing is not None:
         raise ProgramError("data with missing values cannot be simulated: what is missing has no model")
     with poutine.block():
-        seen = poutine.trace(model).get_trace(*batch.args, **batch.named())
-        drawn = poutine.trace(poutine.uncondition(model)).get_trace(*batch.args, **batch.named())
+        seen: Any = poutine.trace(model).get_trace(*batch.args, **batch.named())
+        drawn: Any = poutine.trace(poutine.uncondition(model)).get_trace(*batch.args, **batch.named())
     args, kwargs = list(batch.args), dict(batch.kwargs)
     for site in data_sites(evaluation.structure):
         value = seen.nodes[site.name]["value"]

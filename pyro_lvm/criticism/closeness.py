@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pyro_lvm.criticism.evidence import estimate_evidence
-from pyro_lvm.criticism.findings import Finding, judged
+from pyro_lvm.criticism.findings import VERDICTS, Finding, Verdict, judged
 from pyro_lvm.criticism.judged_rows import JudgedRows, row_log_weights
 from pyro_lvm.criticism.k_hat import k_hat
-from pyro_lvm.criticism.weights import draw_latent, log_weight
+from pyro_lvm.criticism.weights import draw_latent, log_weight, weighs_rows
 from pyro_lvm.evaluation import Evaluation
 
 __all__ = ["closeness_of_rows", "joint_closeness"]
@@ -69,7 +69,7 @@ def _k_hat(k: Tensor, effective: Tensor, num_samples: int) -> Finding:
     bad = (k > BAD_K).double().mean().item()
     some = (k > GOOD_K).double().mean().item()
     # a tenth of the fits of an innocent tail end above the first mark by noise alone
-    verdict = "wrong" if bad > 0.1 else "look" if bad > 0.01 or some > 0.1 else "fine"
+    verdict: Verdict = "wrong" if bad > 0.1 else "look" if bad > 0.01 or some > 0.1 else "fine"
     advice = {
         "fine": "the guide covers the posteriors of nearly all data: importance weighting can be trusted",
         "look": f"{100 * bad:.0f} % of the data have a posterior with more tail than their guide (k above {BAD_K}): "
@@ -121,22 +121,24 @@ def joint_closeness(evaluation: Evaluation, num_samples: int) -> list[Finding]:
     k, n = found.k_hat.item(), evaluation.rows.size
     gap = (found.log_evidence - found.elbo).item()
     spread = _summary_error(torch.stack(drawn).double())
-    verdict = judged(k, GOOD_K, BAD_K)
+    # with latents of every datum among them, small misfits add up: they are judged by row
+    adds_up = any(site.name in evaluation.structure.guide for site in evaluation.structure.local_latent)
+    worst: Verdict = "look" if adds_up and weighs_rows(evaluation.structure) else "wrong"
+    verdict = min(judged(k, GOOD_K, BAD_K), worst, key=VERDICTS.index)
     advice = {
         "fine": "the guide covers the posterior of everything that is latent, taken together",
-        "look": "the guide's tails are a little light for the posterior: correct expectations by importance weights, "
-        "or try guide='full_rank'",
+        "look": "the guide's tails are light for the posterior of everything latent, taken together: correct "
+        "expectations by importance weights, or try guide='full_rank'",
         "wrong": "the guide is too narrow for the posterior, or stands beside it: its spreads are not to be trusted; "
         "try guide='full_rank', a flow, or lvm.mcmc to compare with",
     }[verdict]
     numbers = {"k": k, "ess": found.effective.item(), "num_samples": float(num_samples)}
-    total = judged(gap, SMALL_GAP, LARGE_GAP)
+    total = min(judged(gap, SMALL_GAP, LARGE_GAP), worst, key=VERDICTS.index)
     advice_of_gap = {
         "fine": "guide and posterior differ by little, all latents taken together",
-        "look": "guide and posterior differ: intervals from the guide may be too narrow; try guide='full_rank' or more "
-        "steps",
-        "wrong": "guide and posterior have little in common, taken together (with latents of every datum that is soon "
-        "so): look at k_hat by row where there is one, and try a richer guide",
+        "look": "guide and posterior differ, all latents taken together (small misfits of every datum add up): "
+        "intervals may be too narrow; try guide='full_rank' or more steps",
+        "wrong": "guide and posterior have little in common: try a richer guide, or more steps",
     }[total]
     gap_numbers = {"nats": gap, "standard_error": spread, "nats_per_datum": gap / n, "elbo": found.elbo.item() / n}
     return [

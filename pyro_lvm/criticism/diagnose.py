@@ -188,7 +188,7 @@ class _Examination:
         found, left_out = units_of(self.evaluation, rows)
         self.skipped |= {f"units of {name}": why for name, why in left_out.items()}
         if found:
-            self.add(*_units(found, len(rows)))
+            self.add(*_units(found, len(rows), "look" if left_out else "wrong"))
         if self.structure.enumerated_in_model or self.structure.enumerated_in_guide:
             self.skipped["use_of_latents"] = "the likelihood is summed over a listed site"
         elif len(rows) > 1:
@@ -224,7 +224,9 @@ class _Examination:
                 self.skipped["calibration"] = str(error) or "a distribution of the model cannot be drawn from"
 
 
-def _units(found: Sequence[Units], rows: int) -> list[Finding]:
+def _units(found: Sequence[Units], rows: int, worst: Verdict) -> list[Finding]:
+    """Findings of all units; ``worst`` is what sleeping units can mean, where other latents may be awake."""
+
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(units, name) for units in found])
 
@@ -232,15 +234,15 @@ def _units(found: Sequence[Units], rows: int) -> list[Finding]:
         return {f"{units.site}.{name}": getattr(units, name) for units in found for name in names}
 
     return [
-        _activity(joined("activity"), arrays("activity", "means")),
-        _information(found, rows, joined("kl"), joined("mutual_information"), arrays("kl", "mutual_information")),
+        _activity(joined("activity"), worst, arrays("activity", "means")),
+        _information(found, worst, rows, arrays("kl", "mutual_information")),
         _aggregate(joined("aggregate_kl"), found, arrays("aggregate_kl", "aggregate_mean", "aggregate_sd", "draws")),
     ]
 
 
-def _activity(activity: Tensor, arrays: dict[str, Tensor]) -> Finding:
+def _activity(activity: Tensor, worst: Verdict, arrays: dict[str, Tensor]) -> Finding:
     active, units = int((activity > ACTIVE).sum()), len(activity)
-    verdict: Verdict = "wrong" if active == 0 else "look" if active < units else "fine"
+    verdict: Verdict = worst if active == 0 else "look" if active < units else "fine"
     advice = {
         "fine": "every unit of the latents says something of the data",
         "look": f"{units - active} of {units} units are asleep, their posterior is the same for all data: the model "
@@ -252,14 +254,13 @@ def _activity(activity: Tensor, arrays: dict[str, Tensor]) -> Finding:
     return Finding("active_units", verdict, numbers, advice, arrays)
 
 
-def _information(
-    found: Sequence[Units], rows: int, kl: Tensor, information: Tensor, arrays: dict[str, Tensor]
-) -> Finding:
+def _information(found: Sequence[Units], worst: Verdict, rows: int, arrays: dict[str, Tensor]) -> Finding:
     total = max(units.total_information for units in found)
-    verdict: Verdict = "wrong" if total < SMALL_INFORMATION else "fine"
+    kl, information = (torch.cat([getattr(u, name) for u in found]) for name in ("kl", "mutual_information"))
+    verdict: Verdict = worst if total < SMALL_INFORMATION else "fine"
     limit = torch.tensor(float(rows)).log().item()
     advice = "the latents tell data apart"
-    if verdict == "wrong":
+    if total < SMALL_INFORMATION:
         advice = "the latents hold next to nothing of a datum: their KL, if there is any, buys no information; try "
         advice += "free bits or a KL warm-up"
     elif total > 0.95 * limit:

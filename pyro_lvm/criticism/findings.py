@@ -9,11 +9,12 @@ from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["Diagnosis", "Finding", "Verdict", "judged"]
+__all__ = ["VERDICTS", "Diagnosis", "Finding", "Verdict", "judged"]
 
 Verdict = Literal["fine", "look", "wrong"]
 
-ORDER: tuple[Verdict, ...] = ("fine", "look", "wrong")
+VERDICTS: tuple[Verdict, ...] = ("fine", "look", "wrong")
+"""From good to bad."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +81,11 @@ class Diagnosis(Mapping[str, Finding]):
     @property
     def verdict(self) -> Verdict:
         """The worst of the findings' verdicts."""
-        return max((finding.verdict for finding in self.findings.values()), key=ORDER.index, default="fine")
+        return max((finding.verdict for finding in self.findings.values()), key=VERDICTS.index, default="fine")
 
     def __repr__(self) -> str:
         counts = ", ".join(
-            f"{sum(finding.verdict == verdict for finding in self.findings.values())} {verdict}" for verdict in ORDER
+            f"{sum(finding.verdict == verdict for finding in self.findings.values())} {verdict}" for verdict in VERDICTS
         )
         lines = [f"Diagnosis: {self.verdict} ({counts})"]
         lines += [str(finding) for finding in self.findings.values()]

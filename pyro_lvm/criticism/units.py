@@ -2,9 +2,11 @@ r"""The units of a latent variable: what each knows of the data, and how the pos
 
 .. math::
     \text{activity}_u = \frac{\operatorname{Var}_x E_q[z_u \mid x]}{\operatorname{Var}_p[z_u]}, \qquad
-    \underbrace{\frac1n \sum_i \mathrm{KL}\bigl(q(z_u \mid x_i) \Vert p(z_u)\bigr)}_{\text{KL}}
-    = \underbrace{I_q(i; z_u)}_{\text{mutual information}}
-    + \underbrace{\mathrm{KL}\bigl(\bar q(z_u) \Vert p(z_u)\bigr)}_{\text{aggregate against prior}}, \qquad \bar q(z) = \frac1n \sum_i q(z \mid x_i)
+    \frac1n \sum_i \mathrm{KL}\bigl(q(z_u \mid x_i) \Vert p(z_u)\bigr) =
+    I_q(i; z_u) + \mathrm{KL}\bigl(\bar q(z_u) \Vert p(z_u)\bigr), \qquad \bar q(z) = \frac1n \sum_i q(z \mid x_i)
+
+The KL of a unit is what it knows of the data (the mutual information between it and the number i of a row, at most
+log n) and how far the aggregate posterior, the mean of all posteriors, is from the prior.
 
 Sources: Burda, Grosse and Salakhutdinov, 2016, https://arxiv.org/abs/1509.00519 (a unit is active if the variance is
 above 0.01, with a prior of variance one); Hoffman and Johnson, 2016,
@@ -87,7 +89,10 @@ def units_of(evaluation: Evaluation, rows: JudgedRows) -> tuple[list[Units], dic
     found: list[Units] = []
     skipped: dict[str, str] = {}
     for site in structure.local_latent:
-        if site.name not in guide_trace.nodes or site.discrete:
+        if site.name not in guide_trace.nodes:
+            continue
+        if site.discrete:
+            skipped[site.name] = "it is discrete"
             continue
         pair = _marginals(site, guide_trace, model_trace, len(rows))
         between = ((of_model.get(site.name, frozenset()) | of_guide.get(site.name, frozenset())) & local) - {site.name}

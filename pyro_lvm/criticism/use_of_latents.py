@@ -84,7 +84,8 @@ def _reconstruction(evaluation: Evaluation, batch: Batch, drawn: Any) -> Tensor:
             *batch.args, **batch.named()
         )
     total = torch.zeros(len(batch), dtype=torch.float64)
-    for node in trace.nodes.values():
+    nodes: list[Any] = list(trace.nodes.values())
+    for node in nodes:
         if is_random(node) and node["is_observed"] and in_plate(node, plate):
             frame = next(frame for frame in node["cond_indep_stack"] if frame.name == plate)
             value = scale_and_mask(node["fn"].log_prob(node["value"]), mask=node["mask"])
