@@ -572,3 +572,8 @@ def normal_pair_distinctness(distance: float) -> float:
         return float(0.5 * (scipy.special.rel_entr(p, (p + q) / 2) + scipy.special.rel_entr(q, (p + q) / 2)))
 
     return quad(integrand, -10, 10 + distance, limit=200)[0] / np.log(2)
+
+
+def coverage_of_a_stretched_normal(level: float, stretch: float) -> float:
+    """How often the central interval of N(m, (stretch s)^2) that claims ``level`` holds a draw of N(m, s^2)."""
+    return float(2 * scipy.stats.norm.cdf(stretch * scipy.stats.norm.ppf(0.5 + level / 2)) - 1)

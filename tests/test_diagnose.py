@@ -11,7 +11,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib.figure import Figure
-from small_programs import guide_of_mean, model_of_mean, process_left_alone
+from small_programs import guide_of_mean, model_of_mean, nothing, process_left_alone
+from small_programs import mixture as mixture_of_two
 from torch import nn
 
 import pyro_lvm as lvm
@@ -147,7 +148,7 @@ def test_a_trained_program_whose_decoder_ignores_z_is_diagnosed_and_one_that_use
 
     x = 2 * factors(200, 3)
     torch.manual_seed(0)
-    ignores, uses = (quick(lvm.fit(Small(gain), x, epochs=400, lr=0.02, seed=0), x) for gain in (0.0, 1.0))
+    ignores, uses = (quick(lvm.fit(Small(gain), x, epochs=300, lr=0.03, seed=0), x, num_samples=50) for gain in (0.0, 1.0))
     assert ignores["active_units"]["active"] == 0
     assert ignores["use_of_latents"].verdict == ignores["information"].verdict == "wrong"
     assert uses["active_units"].verdict == uses["use_of_latents"].verdict == uses["information"].verdict == "fine"
@@ -214,7 +215,13 @@ def mixture(locs, weights=None):
     program.set_parameters(
         weights=weights.double(), locs=locs, covariances=torch.eye(2).double().expand(len(locs), 2, 2)
     )
+    program.is_initialized.fill_(True)
     return program
+
+
+def as_it_is(program, x):
+    """A `Fit` with the program's parameters."""
+    return lvm.fit(program, x, steps=1, lr=1e-9, seed=0, capture=False)
 
 
 @pytest.fixture(scope="module")
@@ -257,16 +264,16 @@ def test_distinctness_is_the_jensen_shannon_divergence(distance):
 # --- latents that all data share -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "fine"), (0.4, "wrong")])
-def test_a_shared_latent_is_judged_jointly(factor, verdict):
+@pytest.mark.parametrize("factor", [1.0, 0.4])
+def test_a_shared_latent_is_judged_jointly(factor):
     x = torch.randn(30, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 2.0
     loc, scale = oracles.conjugate_normal_posterior(x.numpy(), 0.0, 10.0, 1.5)
 
     def guide(x, size=None):
         pyro.sample("loc", dist.Normal(x.new_tensor(loc), factor * scale))
 
-    report = quick((model_of_mean, guide), x, num_samples=2000)
-    assert report["k_hat_joint"].verdict == verdict
+    report = quick((model_of_mean, guide), x, num_samples=1000)
+    assert (report["k_hat_joint"].verdict == "fine") == (factor == 1.0)
     expected = oracles.normal_kl(np.array(loc), np.array(factor * scale), np.array(loc), np.array(scale))
     gap = report["gap_joint"]
     assert gap["nats"] == pytest.approx(float(expected), abs=4 * gap["standard_error"] + 0.08 * expected + 1e-9)
@@ -274,7 +281,7 @@ def test_a_shared_latent_is_judged_jointly(factor, verdict):
     if factor == 1.0:
         assert report["k_hat_joint"]["k"] == 0.0
     else:
-        assert report["k_hat_joint"]["k"] == pytest.approx(oracles.normal_tail_index(factor, 1.0), abs=0.2)
+        assert report["k_hat_joint"]["k"] == pytest.approx(oracles.normal_tail_index(factor, 1.0), abs=0.25)
     assert "calibration" not in report
 
 
@@ -311,8 +318,8 @@ def test_units_behind_an_autoguide_are_those_of_its_transformed_normal():
 
     x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     fit = lvm.fit(model, x, steps=5, seed=0)
-    guide = fit.posterior(x, num_draws=2000, seed=0)["z"].log()
-    report = quick(fit, x, num_samples=25)
+    guide = fit.posterior(x, num_draws=500, seed=0)["z"].log()
+    report = quick(fit, x, num_samples=25, num_simulations=20)
     kl = oracles.normal_kl(guide.mean(0).numpy(), guide.std(0).numpy(), np.array(0.0), np.array(1.0)).mean(0)
     np.testing.assert_allclose(report["information"]["z.kl"].numpy(), kl, rtol=0.1)
     assert "autoguide" in report.skipped["calibration"]
@@ -337,11 +344,9 @@ def test_what_cannot_be_taken_apart_is_said():
 
 def test_runs_agree_once_their_components_are_numbered_alike(clusters):
     one, other = mixture([[-4.0, 0.0], [4.0, 0.0]]), mixture([[4.0, 0.0], [-4.0, 0.0]])
-    fits = [lvm.em(program, clusters, seed=0) for program in (one, other)]
-    for fit, program in zip(fits, (one, other), strict=True):
-        np.testing.assert_allclose(fit.params["locs"].numpy(), program.locs.detach().numpy())
-    found = lvm.diagnose_runs(fits, clusters, num_draws=200, seed=0)
-    assert found["r_hat_unaligned"] == math.inf or found["r_hat_unaligned"] > 2 or found["r_hat"] <= 1.01
+    fits = [as_it_is(program, clusters) for program in (one, other)]
+    found = lvm.diagnose_runs(fits, clusters, num_draws=100, seed=0)
+    assert found["r_hat_unaligned"] > 2
     assert found.verdict == "fine"
     assert found["elbo_spread"] == pytest.approx(0.0, abs=1e-4)
 
@@ -355,29 +360,28 @@ def turned(program, angle):
     with torch.no_grad():
         other._standard_loadings.copy_(program.loadings @ turn)
         other.solve_guide()
+        other.is_initialized.fill_(True)
     return other
 
 
 def test_runs_agree_once_their_factors_are_turned_alike():
-    x = factors(60)
+    x = factors(20)
     program = lvm.PPCA.closed_form(x, 2, "full")
     programs = [program, turned(program, 0.7), turned(program, 2.0)]
-    fits = [lvm.fit(p, x, steps=1, lr=1e-9, seed=0) for p in programs]
-    found = lvm.diagnose_runs(fits, x, num_draws=400, seed=0)
+    fits = [as_it_is(p, x) for p in programs]
+    found = lvm.diagnose_runs(fits, x, num_draws=500, seed=0)
     assert found["r_hat_unaligned"] > 1.3
     assert found.verdict == "fine", found
     draws = found["draws of z"]
-    assert draws.shape == (3, 400, 60, 2)
+    assert draws.shape == (3, 500, 20, 2)
     assert found["r_hat"] == convergence({"z": draws})["z"][0]
-    report = quick(fits[0], x, others=fits[1:], num_samples=25)
-    assert report["runs"].verdict == "fine"
 
 
 def test_runs_that_differ_are_told_so():
     x = factors(40)
     right, wrong = lvm.PPCA.closed_form(x, 2, "full"), lvm.PPCA.closed_form(x + 3.0, 2, "full")
-    fits = [lvm.fit(program, x, steps=1, lr=1e-9, seed=0) for program in (right, wrong)]
-    found = lvm.diagnose_runs(fits, x, num_draws=100, seed=0)
+    fits = [as_it_is(program, x) for program in (right, wrong)]
+    found = quick(fits[0], x, others=fits[1:], num_samples=25)["runs"]
     assert found.verdict == "wrong"
     assert "different posteriors, most in 'z'" in found.advice
     assert found["elbo_spread"] > 1
@@ -385,10 +389,11 @@ def test_runs_that_differ_are_told_so():
 
 def test_runs_that_stand_still_in_different_places_have_an_infinite_r_hat(clusters):
     fits = [
-        lvm.em(mixture(locs), clusters, max_iterations=1, seed=0)
-        for locs in ([[-40.0, 0.0], [4.0, 0.0]], [[-4.0, 0.0], [4.0, 0.0]])
+        as_it_is(mixture(locs), clusters) for locs in ([[-9.0, 0.0], [90.0, 0.0]], [[-9.0, 0.0], [9.0, 0.0]])
     ]
-    assert lvm.diagnose_runs(fits, clusters, num_draws=50, seed=0)["r_hat"] > 1.1
+    found = lvm.diagnose_runs(fits, clusters, num_draws=50, seed=0)
+    assert found["r_hat"] == math.inf
+    assert found.verdict == "wrong"
 
 
 def test_rotations_are_undone():
@@ -428,9 +433,11 @@ def test_the_report_is_a_mapping_that_prints_and_can_be_drawn():
 
 def test_a_mixture_s_report_can_be_drawn(clusters):
     program = mixture([[-4.0, 0.0], [4.0, 0.0]])
-    fit = lvm.em(program, clusters, seed=0)
-    report = lvm.diagnose(fit, clusters, others=[fit], seed=0)
-    assert [axes.get_title() for axes in lvm.plots.diagnosis(report).axes] == ["runs: fine", "components: fine"]
+    report = quick(program, clusters)
+    runs = lvm.diagnose_runs([as_it_is(program, clusters)] * 2, clusters, num_draws=50, seed=0)
+    report = lvm.Diagnosis({**report, "runs": runs})
+    titles = [axes.get_title() for axes in lvm.plots.diagnosis(report).axes]
+    assert titles == [f"runs: {runs.verdict}", "components: fine"]
     with pytest.raises(ValueError, match=r"none of the findings .* can be drawn"):
         lvm.plots.diagnosis(lvm.Diagnosis({}))
 
@@ -467,4 +474,4 @@ def test_what_cannot_be_diagnosed_is_refused():
     with pytest.raises(lvm.ProgramError, match="loc is a point"):
         lvm.diagnose(lvm.fit(model_of_mean, one, guide="map", steps=2, seed=0), one)
     with pytest.raises(lvm.ProgramError, match="no latent site in common"):
-        lvm.diagnose_runs([(model_of_mean, guide_of_mean), program], one)
+        lvm.diagnose_runs([(model_of_mean, guide_of_mean), (mixture_of_two, nothing)], one, num_draws=4)

@@ -50,7 +50,7 @@ def rotation_to(loadings: Tensor, reference: Tensor) -> Tensor:
 
 
 def diagnose_runs(
-    fits: Sequence[Any], x: Any, *, num_draws: int = 400, max_rows: int = 200, seed: int | None = None
+    fits: Sequence[Any], x: Any, *, num_draws: int = 1000, max_rows: int = 200, seed: int | None = None
 ) -> Finding:
     r"""R-hat of every latent site over independent fits, after their components and rotations are aligned.
 
@@ -106,7 +106,7 @@ def diagnose_runs(
         raise ProgramError("the fits have no latent site in common: pass fits of one program")
     before = {name: torch.stack([run[name] for run in draws]) for name in names}
     after = aligned_runs(before, parameters)
-    known = {name: found for name in names if name in after and not math.isnan(found := _r_hat(after[name]))}
+    known = {name: _r_hat(after[name]) for name in names if name in after}
     unaligned = [_r_hat(before[name]) for name in known]
     r_hat = max(known.values(), default=1.0)
     elbos = torch.tensor([float(getattr(fit, "elbo", torch.nan)) for fit in fits], dtype=torch.float64)
@@ -130,6 +130,8 @@ def _r_hat(draws: Tensor) -> float:
     still = (entries == entries[:, :1]).all(1).all(0)
     if bool((still & (entries[:, 0] != entries[:1, 0]).any(0)).any()):
         return math.inf
+    if bool(still.all()):
+        return 1.0
     return convergence({"entries": entries})["entries"][0]
 
 
