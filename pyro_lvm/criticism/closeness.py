@@ -69,7 +69,7 @@ def _k_hat(k: Tensor, effective: Tensor, num_samples: int) -> Finding:
     bad = (k > BAD_K).double().mean().item()
     some = (k > GOOD_K).double().mean().item()
     # a tenth of the fits of an innocent tail end above the first mark by noise alone
-    verdict: Verdict = "wrong" if bad > 0.1 else "look" if bad > 0.01 or some > 0.1 else "fine"
+    verdict: Verdict = "wrong" if bad > 0.1 else "look" if bad > 0.02 or some > 0.1 else "fine"
     advice = {
         "fine": "the guide covers the posteriors of nearly all data: importance weighting can be trusted",
         "look": f"{100 * bad:.0f} % of the data have a posterior with more tail than their guide (k above {BAD_K}): "

@@ -59,7 +59,7 @@ def diagnose(
 
     - ``"k_hat"``: the Pareto tail index of each datum's importance weights (PSIS, by ArviZ). Numbers ``median``,
       ``max``, ``above_0.7`` (a share), ``least_ess``; array ``by_row``. 0 where all weights are equal. "fine" if at
-      most 1 % lie above 0.7 and 10 % above 0.5, "wrong" if more than 10 % lie above 0.7.
+      most 2 % lie above 0.7 and 10 % above 0.5, "wrong" if more than 10 % lie above 0.7.
     - ``"gap"``: evidence minus ELBO, an estimate of KL(q || posterior), nats per datum, fine to 0.1, wrong from 3 on;
       arrays ``by_row``, ``elbo``, ``log_evidence``. The evidence is the exact one where the program knows it.
     - ``"k_hat_joint"``, ``"gap_joint"``: the same of everything latent taken together, where all data share latents
