@@ -562,7 +562,6 @@ def ppca_unit_kl(variance: np.ndarray) -> np.ndarray:
     return -0.5 * np.log(variance)
 
 
-
 def normal_pair_distinctness(distance: float) -> float:
     """Jensen-Shannon divergence of N(0, 1) and N(distance, 1) over log 2, by quadrature."""
     from scipy.integrate import quad

@@ -148,7 +148,9 @@ def test_a_trained_program_whose_decoder_ignores_z_is_diagnosed_and_one_that_use
 
     x = 2 * factors(200, 3)
     torch.manual_seed(0)
-    ignores, uses = (quick(lvm.fit(Small(gain), x, epochs=300, lr=0.03, seed=0), x, num_samples=50) for gain in (0.0, 1.0))
+    ignores, uses = (
+        quick(lvm.fit(Small(gain), x, epochs=300, lr=0.03, seed=0), x, num_samples=50) for gain in (0.0, 1.0)
+    )
     assert ignores["active_units"]["active"] == 0
     assert ignores["use_of_latents"].verdict == ignores["information"].verdict == "wrong"
     assert uses["active_units"].verdict == uses["use_of_latents"].verdict == uses["information"].verdict == "fine"
@@ -388,9 +390,7 @@ def test_runs_that_differ_are_told_so():
 
 
 def test_runs_that_stand_still_in_different_places_have_an_infinite_r_hat(clusters):
-    fits = [
-        as_it_is(mixture(locs), clusters) for locs in ([[-9.0, 0.0], [90.0, 0.0]], [[-9.0, 0.0], [9.0, 0.0]])
-    ]
+    fits = [as_it_is(mixture(locs), clusters) for locs in ([[-9.0, 0.0], [90.0, 0.0]], [[-9.0, 0.0], [9.0, 0.0]])]
     found = lvm.diagnose_runs(fits, clusters, num_draws=50, seed=0)
     assert found["r_hat"] == math.inf
     assert found.verdict == "wrong"
@@ -451,9 +451,7 @@ def test_a_seed_fixes_every_number_and_nothing_moves():
         reports = [
             lvm.diagnose(program, x, num_samples=50, num_rows=20, num_simulations=60, seed=seed) for seed in (3, 3, 4)
         ]
-    first, second, third = (
-        {name: dict(finding.numbers) for name, finding in report.items()} for report in reports
-    )
+    first, second, third = ({name: dict(finding.numbers) for name, finding in report.items()} for report in reports)
     assert first == second
     assert first["gap"] != third["gap"]
     assert len(reports[0]["k_hat"]["by_row"]) == 20

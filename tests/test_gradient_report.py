@@ -12,6 +12,8 @@ import torch
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 import pyro_lvm as lvm
+from pyro_lvm.elbo.objective import Estimate, Objective
+from pyro_lvm.elbo.terms import Terms
 
 N = 6
 X = torch.randn(N, generator=torch.Generator().manual_seed(4), dtype=torch.float64) + 0.5
@@ -96,6 +98,56 @@ def test_at_the_optimum_there_is_no_signal_and_more_particles_halve_the_variance
     assert few.group == many.group == "a"
     assert few.signal_to_noise < 4 / math.sqrt(400)
     assert many.variance == pytest.approx(few.variance / 8, rel=0.5)
+
+
+class Shifted(Objective):
+    """The plain bound by its score, with a learned baseline, and a bias that a schedule takes away."""
+
+    samples_discrete = True
+
+    def __init__(self, learns=True):
+        super().__init__()
+        self.baseline = torch.nn.Linear(1, 1).double()
+        self.bias = torch.ones((), dtype=torch.float64)
+        self.learns = learns
+        with torch.no_grad():
+            self.baseline.weight.zero_()
+            self.baseline.bias.fill_(0.0)
+
+    def advance(self, progress):
+        self.bias.fill_(1.0 - progress)
+
+    def modules(self):
+        return (self.baseline,) if self.learns else ()
+
+    def estimate(self, model, guide, args, kwargs):
+        model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
+        node = guide_trace.nodes["z"]
+        score = node["fn"].log_prob(node["value"].detach())
+        with torch.no_grad():
+            rows = sum(t.nodes[n]["log_prob"] for t, n in ((model_trace, "z"), (model_trace, "x")))
+            rows = rows - guide_trace.nodes["z"]["log_prob"]
+        centre = self.baseline(torch.ones(1, dtype=torch.float64))
+        surrogate = -((rows - centre.detach()) * score).sum() + (rows - centre).square().sum()
+        loss = -rows.sum() + self.bias
+        terms = Terms({"x": model_trace.log_prob_sum(lambda name, _: name == "x").detach()}, {})
+        return Estimate(loss, surrogate, terms)
+
+
+def test_schedules_stand_at_their_end_and_a_baseline_is_learned_first():
+    """A learned centre takes away most of the score function's noise, and none of its mean."""
+    with_it, without = (
+        lvm.gradient_report(Pair(), X, [Shifted(learns)], num_draws=300, seed=0, groups="parameter")
+        for learns in (True, False)
+    )
+    assert with_it[0].variance < 0.5 * without[0].variance
+    expected, _ = oracles.shared_normal_gradient(X.numpy(), A, S, 0.2)["a", "path"]
+    for report in (with_it, without):
+        error = math.sqrt(report.variances[0]["a"].item() / 300)
+        assert report.means[0]["a"].item() == pytest.approx(expected, abs=4 * error)
+    plain = lvm.compare_elbos(Pair(), X, [Trace_ELBO()], num_draws=300, seed=0)[0]
+    shifted = lvm.compare_elbos(Pair(), X, [Shifted(learns=False)], num_draws=300, seed=0)[0]
+    assert shifted.value == pytest.approx(plain.value)  # at its start the bias would be 1 / N
 
 
 def test_nothing_is_changed_and_the_table_prints():

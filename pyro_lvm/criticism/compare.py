@@ -73,6 +73,8 @@ def compare_elbos(
 
     .. math:: \text{gradient sd} = \sqrt{\textstyle\sum_j \operatorname{Var} \big[\partial_j \hat L / n\big]}
 
+    Schedules stand where training ends. `gradient_report` tells the groups of parameters apart.
+
     Args:
         program: a `Fit`, or anything that `fit` takes with a guide.
         x: data as for `fit`.

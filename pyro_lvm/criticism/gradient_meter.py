@@ -9,8 +9,10 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
+from pyro_lvm.data import Batch
 from pyro_lvm.elbo.estimator import Estimator, make_estimator
 from pyro_lvm.evaluation import Evaluation
+from pyro_lvm.parameters import BoundProgram, isolated
 from pyro_lvm.preflight.pair import check_pair
 
 __all__ = ["Measurement", "measure"]
@@ -54,19 +56,13 @@ def measure(evaluation: Evaluation, elbo: ELBO | type[ELBO], num_draws: int, see
         kept = [parameter.grad for parameter in parameters]
         spread = {name: _Spread(parameter) for name, parameter in trainable.items()}
         losses, seconds = [], []
-        own = _own_optimizer(estimator)
         try:
-            for number in range(num_draws * (1 if own is None else 2)):
-                for parameter in parameters:
-                    parameter.grad = None
-                started = time.perf_counter()
+            _learn(estimator, bound, batch, num_draws, seed)
+            for _ in range(num_draws):
+                _forget(parameters)
+                started = _now()
                 loss, _ = estimator.step(bound, batch, parameters, None, size)
-                elapsed = time.perf_counter() - started
-                if own is not None and number < num_draws:
-                    own.step()
-                    own.zero_grad()
-                    continue
-                seconds.append(elapsed)
+                seconds.append(_now() - started)
                 losses.append(loss.double().cpu())
                 for name, parameter in trainable.items():
                     spread[name].add(parameter)
@@ -82,9 +78,31 @@ def measure(evaluation: Evaluation, elbo: ELBO | type[ELBO], num_draws: int, see
     )
 
 
-def _own_optimizer(estimator: Estimator) -> torch.optim.Optimizer | None:
-    parameters = [parameter for module in estimator.modules for parameter in module.parameters()]
-    return torch.optim.Adam(parameters, BASELINE_RATE) if parameters else None
+def _learn(estimator: Estimator, bound: BoundProgram, batch: Batch, steps: int, seed: int) -> None:
+    """Let the estimator learn what it learns by itself (a baseline), with noise of its own."""
+    own = [parameter for module in estimator.modules for parameter in module.parameters()]
+    if not own:
+        return
+    optimizer = torch.optim.Adam(own, BASELINE_RATE)
+    parameters = list(bound.trainable().values())
+    with isolated(seed, validate=False):
+        for _ in range(steps):
+            _forget(parameters)
+            optimizer.zero_grad()
+            estimator.step(bound, batch, parameters, None, len(batch))
+            optimizer.step()
+
+
+def _forget(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _now() -> float:
+    """The time, once an accelerator has done what it was told."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class _Spread:
