@@ -130,6 +130,15 @@ def test_a_decoder_that_ignores_z_is_told_so_though_the_guide_encodes():
     assert report["use_of_latents"].verdict == "wrong"
 
 
+def test_latents_that_explain_others_better_than_their_own_are_no_collapse():
+    x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    eye = torch.eye(2, dtype=torch.float64)
+    found = quick(Linear(eye, -eye, torch.full((2,), 0.5).double()), x)["use_of_latents"]
+    assert found["nats_per_datum"] < -0.1
+    assert found.verdict == "wrong"
+    assert "not found each other" in found.advice
+
+
 def test_a_trained_program_whose_decoder_ignores_z_is_diagnosed_and_one_that_uses_it_is_not():
     class Small(nn.Module):
         def __init__(self, gain):

@@ -54,6 +54,11 @@ def use_of_latents(evaluation: Evaluation, rows: JudgedRows) -> Finding:
         "wrong": "the decoder ignores its latents (collapse): try free bits or a KL warm-up, a weaker decoder, or a "
         "smaller scale of the noise",
     }[verdict]
+    if mean < -LITTLE:
+        advice = (
+            "data are explained better by the latents of others than by their own: guide and decoder have not found "
+        )
+        advice += "each other; train longer, or at a smaller rate"
     numbers = {
         "nats_per_datum": mean,
         "standard_error": difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else 0.0,
