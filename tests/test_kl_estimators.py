@@ -185,6 +185,15 @@ def test_entropy_by_hand():
     assert found.terms.kl["z"].item() == pytest.approx(-log_prior - entropy, rel=1e-12)
 
 
+def test_the_entropy_of_a_minibatch_is_scaled_with_it():
+    program = Program()
+    loss, _, _ = evaluated(Entropy(), program, X[:15], size=N)
+    z = program.drawn[0]
+    entropy = 15 * (LATENT * 0.5 * np.log(2 * np.pi * np.e) + program.log_scale.sum().item())
+    joint = program.reconstruction(z, X[:15]).sum() + oracles.normal_logpdf(z, 0.0, 1.0).sum()
+    assert -loss == pytest.approx(N / 15 * (joint + entropy), rel=1e-12)
+
+
 def test_entropy_has_the_plain_bound_as_mean_and_its_gradient():
     program = Program()
     particles = {"num_particles": 2000, "vectorize_particles": True, "max_plate_nesting": 1}
