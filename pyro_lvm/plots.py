@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_lvm.diagnosis_panels import diagnosis
 from pyro_lvm.figures import new_figure
 from pyro_lvm.graph.picture import graph
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "decomposition",
+    "diagnosis",
     "graph",
     "image_grid",
     "interpolation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Groups", "convergence", "loo", "to_arviz"]
+__all__ = ["Groups", "convergence", "loo", "pareto_k", "to_arviz"]
 
 WITHOUT_DRAWS = ("observed_data",)
 
@@ -79,6 +80,17 @@ def loo(data: Any, **options: Any) -> Any:
 
     arviz_of_any_age: Any = arviz
     return arviz_of_any_age.loo(data, **options)
+
+
+def pareto_k(log_weights: np.ndarray) -> np.ndarray:
+    """The Pareto tail index of each row of log-weights, shape (rows, draws) -> (rows,)."""
+    import arviz
+
+    arviz_of_any_age: Any = arviz
+    if hasattr(arviz, "psislw"):
+        return np.atleast_1d(np.asarray(arviz_of_any_age.psislw(log_weights)[1]))
+    stats: Any = importlib.import_module("arviz_stats.base").array_stats  # of ArviZ 1.x: it takes minus the log-weights
+    return np.atleast_1d(np.asarray(stats.psislw(-log_weights, axis=-1)[1]))
 
 
 def convergence(draws: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:

@@ -598,3 +598,100 @@ def codewords_log_density(x: np.ndarray, codewords: np.ndarray, flip: float) -> 
     wrong = (x[:, None] != codewords[None]).sum(-1)
     log_joint = wrong * np.log(flip) + (x.shape[1] - wrong) * np.log1p(-flip)
     return np.asarray(scipy.special.logsumexp(log_joint, axis=1) - np.log(len(codewords)))
+
+
+# --- gradients of bounds, one datum --------------------------------------------------------------------------------
+
+
+def categorical_bound(logits: np.ndarray, locs: np.ndarray, x: float) -> tuple[float, np.ndarray, np.ndarray]:
+    """The bound of y uniform, x | y ~ N(locs[y], 1), q = softmax(logits), and its gradients in logits and locs."""
+    q = scipy.special.softmax(logits)
+    locs = np.asarray(locs)
+    f = scipy.stats.norm(locs, 1.0).logpdf(x) - np.log(len(q)) - np.log(q)
+    return float(q @ f), q * (f - q @ f), q * (x - locs)
+
+
+def normal_bound(m: float, log_scale: float, w: float, x: float, noise: float) -> float:
+    """The bound of z ~ N(0, 1), x | z ~ N(w z, noise), q = N(m, exp(log_scale))."""
+    variance = np.exp(2 * log_scale)
+    expected = -0.5 * ((x - w * m) ** 2 + w**2 * variance) / noise**2 - np.log(noise) - 0.5 * np.log(2 * np.pi)
+    return float(expected - 0.5 * (variance + m**2 - 1) + log_scale)
+
+
+def two_particle_bound(m: float, log_scale: float, w: float, x: float, noise: float, nodes: int = 80) -> float:
+    """The importance-weighted bound with K = 2 of the same program, by Gauss-Hermite quadrature over both draws."""
+    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    weights = weights / weights.sum()
+    z = m + np.exp(log_scale) * points
+    log_w = scipy.stats.norm(0, 1).logpdf(z) + scipy.stats.norm(w * z, noise).logpdf(x)
+    log_w -= scipy.stats.norm(m, np.exp(log_scale)).logpdf(z)
+    pairs = np.logaddexp(log_w[:, None], log_w[None, :]) - np.log(2)
+    return float(weights @ pairs @ weights)
+
+
+def slopes(function: Callable[..., float], at: dict[str, float], step: float = 1e-5) -> dict[str, float]:
+    """Central differences of a function of named numbers."""
+
+    def moved(name: str, by: float) -> float:
+        return function(**{**at, name: at[name] + by})
+
+    return {name: (moved(name, step) - moved(name, -step)) / (2 * step) for name in at}
+
+
+def posterior_moments(log_joint: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> tuple[float, float]:
+    """Mean and standard deviation of a density on a line, known up to a factor, by a fine grid."""
+    z = np.linspace(low, high, 20_001)
+    p = scipy.special.softmax(log_joint(z))
+    mean = float(p @ z)
+    return mean, float(np.sqrt(p @ (z - mean) ** 2))
+
+
+# --- gradients of a shared normal guide ----------------------------------------------------------------------------
+
+
+def shared_normal_gradient(x: np.ndarray, a: float, s: float, b: float) -> dict[tuple[str, str], tuple[float, float]]:
+    """Mean and variance of the gradient of the loss per datum, x_i ~ N(z_i + b, 1), z_i ~ N(0, 1), q(z_i) = N(a, s).
+
+    One draw z_i = a + s e_i for each of n rows. "path": log q is sampled, "closed": its KL is in closed form.
+    d/da of -log p(x|z) is z + b - x, of -log p(z) is z, of log q at a + s e nought; d/da of the KL is a.
+    """
+    n = len(x)
+    return {
+        ("a", "path"): (float((2 * a + b - x).mean()), 4 * s**2 / n),
+        ("a", "closed"): (float((2 * a + b - x).mean()), s**2 / n),
+        ("b", "path"): (float((a + b - x).mean()), s**2 / n),
+        ("b", "closed"): (float((a + b - x).mean()), s**2 / n),
+    }
+
+
+# --- a guide's tails, units and information -------------------------------------------------------------------------
+
+
+def normal_tail_index(guide_scale: float, target_scale: float) -> float:
+    """Pareto index k of w = N(z; 0, t) / N(z; 0, s), z ~ N(0, s^2), for s < t.
+
+    log w = a z^2 + c with a = (1 / s^2 - 1 / t^2) / 2, and P(z^2 > v) falls like exp(-v / 2 s^2), so that
+    P(w > u) falls like u^(-1 / (2 a s^2)): k = 2 a s^2 = 1 - s^2 / t^2.
+    """
+    return 1 - (guide_scale / target_scale) ** 2
+
+
+def ppca_unit_kl(variance: np.ndarray) -> np.ndarray:
+    """Mean KL of each unit's posterior N(m, v) from N(0, 1) at the maximum of PPCA, where m has variance 1 - v."""
+    return -0.5 * np.log(variance)
+
+
+def normal_pair_distinctness(distance: float) -> float:
+    """Jensen-Shannon divergence of N(0, 1) and N(distance, 1) over log 2, by quadrature."""
+    from scipy.integrate import quad
+
+    def integrand(x: float) -> float:
+        p, q = scipy.stats.norm.pdf(x), scipy.stats.norm.pdf(x, distance)
+        return float(0.5 * (scipy.special.rel_entr(p, (p + q) / 2) + scipy.special.rel_entr(q, (p + q) / 2)))
+
+    return quad(integrand, -10, 10 + distance, limit=200)[0] / np.log(2)
+
+
+def coverage_of_a_stretched_normal(level: float, stretch: float) -> float:
+    """How often the central interval of N(m, (stretch s)^2) that claims ``level`` holds a draw of N(m, s^2)."""
+    return float(2 * scipy.stats.norm.cdf(stretch * scipy.stats.norm.ppf(0.5 + level / 2)) - 1)

@@ -31,7 +31,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import pyro_lvm as lvm
 from pyro_lvm.capture.step import StepResult
 from pyro_lvm.inference import alternate, bound
-from pyro_lvm.inference.alternate import Alternation, Owners
+from pyro_lvm.inference.alternate import Alternation
+from pyro_lvm.owners import Owners
 
 THETA = ["decoder.weight", "decoder.bias"]
 PHI = ["log_scale", "encoder.weight", "encoder.bias"]

@@ -23,9 +23,9 @@ from torch.distributions import biject_to
 import pyro_lvm as lvm
 from pyro_lvm import priors
 from pyro_lvm.errors import ProgramError
+from pyro_lvm.label_switching import align_components, match_components
 from pyro_lvm.models import mixture_initialization
 from pyro_lvm.models.gaussian_mixture import GaussianMixture
-from pyro_lvm.models.label_switching import align_components, match_components
 from pyro_lvm.models.mixture_densities import mixture_log_joint
 from pyro_lvm.prior_distributions import InUnits, InverseWishartCholesky
 

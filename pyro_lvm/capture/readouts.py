@@ -7,6 +7,7 @@ Touched, and restored whatever happens, in the Pyro releases of `KNOWN`:
   sums give the same digits as in Python numbers; the second does nothing.
 - ``pyro.infer.util.Dice.compute_expectation``, which leaves out what has probability nought by selecting the rest,
   so that a shape depends on data. Here it takes a ``where``: the same terms, one of them a nought.
+- ``torch.nn.functional.one_hot``, by which torch makes draws of a OneHotCategorical, and which reads the largest index.
 """
 
 from __future__ import annotations
@@ -57,10 +58,22 @@ def put_aside() -> Iterator[None]:
             replace(module, "torch_item", _detached)
             replace(module, "warn_if_nan", _unread)
         replace(Dice, "compute_expectation", _compute_expectation)
+        replace(torch.nn.functional, "one_hot", _one_hot(torch.nn.functional.one_hot))
         yield
     finally:
         for owner, name, value in replaced:
             setattr(owner, name, value)
+
+
+def _one_hot(of_torch: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Torch's function without a look at the indices, where it is told the number of classes."""
+
+    def one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+        if num_classes < 0:
+            return of_torch(tensor)
+        return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).long()
+
+    return one_hot
 
 
 class _Number:

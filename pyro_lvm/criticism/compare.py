@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pyro.infer import ELBO
-from torch import nn
 
-from pyro_lvm.elbo.estimator import make_estimator
+from pyro_lvm.criticism.gradient_meter import Measurement, measure
 from pyro_lvm.evaluation import Evaluation, fresh_seed
-from pyro_lvm.preflight.pair import check_pair
 
 __all__ = ["ElboRow", "ElboTable", "compare_elbos"]
 
@@ -77,6 +73,8 @@ def compare_elbos(
 
     .. math:: \text{gradient sd} = \sqrt{\textstyle\sum_j \operatorname{Var} \big[\partial_j \hat L / n\big]}
 
+    Schedules stand where training ends. `gradient_report` tells the groups of parameters apart.
+
     Args:
         program: a `Fit`, or anything that `fit` takes with a guide.
         x: data as for `fit`.
@@ -104,59 +102,15 @@ def compare_elbos(
         raise ValueError(f"num_draws is {num_draws}: a standard error needs at least 2")
     evaluation = Evaluation.of(program, x)
     seed = fresh_seed() if seed is None else seed
-    return ElboTable(tuple(_measure(evaluation, elbo, num_draws, seed) for elbo in elbos))
+    return ElboTable(tuple(_row(measure(evaluation, elbo, num_draws, seed)) for elbo in elbos))
 
 
-def _measure(evaluation: Evaluation, elbo: ELBO | type[ELBO], num_draws: int, seed: int) -> ElboRow:
-    bound, size = evaluation.bound, len(evaluation.rows)
-    with evaluation.running(seed):
-        batch, structure = evaluation.whole()
-        estimator = make_estimator(elbo, structure)
-        check_pair(bound, structure, estimator, batch)
-        parameters = list(bound.trainable().values())
-        kept = [parameter.grad for parameter in parameters]
-        spread = _Spread(sum(parameter.numel() for parameter in parameters))
-        losses, seconds = [], []
-        try:
-            for _ in range(num_draws):
-                for parameter in parameters:
-                    parameter.grad = None
-                started = time.perf_counter()
-                loss, _ = estimator.step(bound, batch, parameters, None, size)
-                seconds.append(time.perf_counter() - started)
-                losses.append(loss.double())
-                spread.add(parameters)
-        finally:
-            for parameter, gradient in zip(parameters, kept, strict=True):
-                parameter.grad = gradient
-    values = -torch.stack(losses) / size
+def _row(found: Measurement) -> ElboRow:
+    values = -found.losses
     return ElboRow(
-        repr(estimator),
+        found.estimator,
         values.mean().item(),
-        values.std().item() / math.sqrt(num_draws),
-        spread.result(),
-        1e3 * sorted(seconds)[num_draws // 2],
+        values.std().item() / math.sqrt(len(values)),
+        math.sqrt(sum(variance.sum().item() for variance in found.variance.values())),
+        found.milliseconds,
     )
-
-
-class _Spread:
-    """Running variance of a gradient's entries (Welford's updates: the draws themselves would not fit)."""
-
-    def __init__(self, entries: int) -> None:
-        self.mean = torch.zeros(entries, dtype=torch.float64)
-        self.squares = torch.zeros(entries, dtype=torch.float64)
-        self.count = 0
-
-    def add(self, parameters: list[nn.Parameter]) -> None:
-        self.count += 1
-        start = 0
-        for parameter in parameters:
-            part = slice(start, start := start + parameter.numel())
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            entries = gradient.detach().flatten().double().cpu()
-            shift = entries - self.mean[part]
-            self.mean[part] += shift / self.count
-            self.squares[part] += shift * (entries - self.mean[part])
-
-    def result(self) -> float:
-        return math.sqrt(self.squares.sum().item() / (self.count - 1))

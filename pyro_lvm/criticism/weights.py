@@ -21,13 +21,13 @@ from torch import Tensor
 
 from pyro_lvm.data import Batch
 from pyro_lvm.elbo.factors import Factors, in_plate, log_factors
+from pyro_lvm.elbo.particles import PARTICLES
 from pyro_lvm.elbo.terms import is_random
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.parameters import BoundProgram
 from pyro_lvm.structure import Site, Structure
 
 __all__ = [
-    "PARTICLES",
     "Draw",
     "Source",
     "draw_enumerated",
@@ -96,10 +96,6 @@ class Source:
         for name, value in values.items():
             held.add_node(name, **{**nodes[name], "value": value, "infer": {}})
         return replace(self, held=held)
-
-
-PARTICLES = "num_particles_vectorized"
-"""The name that Pyro gives the plate of particles."""
 
 
 def from_guide(bound: BoundProgram, structure: Structure) -> Source:

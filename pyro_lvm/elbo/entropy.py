@@ -55,6 +55,7 @@ class Entropy(Reweighted):
 
     def __init__(self, base: ELBO | type[ELBO] = Trace_ELBO) -> None:
         super().__init__(base)
+        self.analytic = False
 
     def read(self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Parts:
         """Draw, and take E[log q] in closed form where it is known."""

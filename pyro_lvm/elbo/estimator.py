@@ -76,6 +76,11 @@ class Estimator:
         return isinstance(self.elbo, TraceGraph_ELBO) or bool(getattr(self.elbo, "samples_discrete", False))
 
     @property
+    def analytic(self) -> bool:
+        """Whether a KL stands in closed form where there is one."""
+        return isinstance(self.elbo, TraceMeanField_ELBO) or bool(getattr(self.elbo, "analytic", False))
+
+    @property
     def argument(self) -> str:
         """The argument that names the Pyro ELBO at work: "base" of an estimator that rests on one, else "elbo"."""
         return "base" if isinstance(getattr(self.elbo, "base", None), ELBO) else "elbo"

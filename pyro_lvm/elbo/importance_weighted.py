@@ -40,14 +40,12 @@ from torch import Tensor
 from pyro_lvm.data import Batch
 from pyro_lvm.elbo.factors import log_factors
 from pyro_lvm.elbo.objective import Estimate, Objective
+from pyro_lvm.elbo.particles import PARTICLES, common_frames, plates_of
 from pyro_lvm.elbo.terms import is_random, read_terms, watch_factors
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.structure import Structure
 
 __all__ = ["ImportanceWeighted"]
-
-PARTICLES = "num_particles_vectorized"
-"""The name that Pyro gives the plate over particles."""
 
 
 class ImportanceWeighted(Objective):
@@ -93,13 +91,9 @@ class ImportanceWeighted(Objective):
         vectorize_particles: bool = True,
         max_plate_nesting: float = float("inf"),
     ) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles is {num_particles}: it must be at least 1")
+        super().__init__(num_particles, vectorize_particles=vectorize_particles, max_plate_nesting=max_plate_nesting)
         if gradient not in ("reparam", "stl", "dreg"):
             raise ValueError(f"gradient={gradient!r} is not known: use 'reparam', 'stl' or 'dreg'")
-        options: Any = {"vectorize_particles": vectorize_particles, "max_plate_nesting": max_plate_nesting}
-        untyped: Any = super()
-        untyped.__init__(num_particles, **options)
         self.gradient = gradient
 
     def __repr__(self) -> str:
@@ -262,8 +256,9 @@ def _detach_densities(guide_trace: Any) -> None:
 
 
 def _log_weight(model_trace: Any, guide_trace: Any) -> Tensor:
-    """Log w over the plates that all sites share, each at its own dim."""
-    frames = _common_frames(model_trace, guide_trace)
+    """Log w over the plates that all sites share and over particles, each at its own dim."""
+    nodes = [*_random(model_trace), *_random(guide_trace)]
+    frames = [*common_frames(nodes).values(), *(f for f in nodes[0]["cond_indep_stack"] if f.name == PARTICLES)]
     symbols = {model_trace.plate_to_symbol[frame.name]: frame for frame in frames}
     term = log_factors(model_trace, guide_trace).contract(frozenset(symbols))
     log_weight: Tensor = packed.unpack(term, {symbol: frame.dim for symbol, frame in symbols.items()})
@@ -271,15 +266,6 @@ def _log_weight(model_trace: Any, guide_trace: Any) -> Tensor:
     for frame in frames:
         shape[frame.dim] = int(frame.size)
     return log_weight.expand(shape)
-
-
-def _common_frames(model_trace: Any, guide_trace: Any) -> list[Any]:
-    stacks = [
-        {f.name: f for f in node["cond_indep_stack"] if f.vectorized}
-        for trace in (model_trace, guide_trace)
-        for node in _random(trace)
-    ]
-    return [frame for name, frame in stacks[0].items() if all(name in stack for stack in stacks)]
 
 
 def _common_scale(pair: tuple[Any, Any]) -> Any:
@@ -293,15 +279,10 @@ def _common_scale(pair: tuple[Any, Any]) -> Any:
                 "weights of such factors are not those of a bound. Take poutine.scale and plates that subsample one "
                 "of them away, or use elbo=Trace_ELBO()"
             )
-    rows = [frame for frame in _common_frames(*pair) if frame.name != PARTICLES]
-    if not rows and not _same(scale, 1.0):
-        outside = next(node["name"] for node in nodes if not _in_plates(node))
+    if not common_frames(nodes) and not _same(scale, 1.0):
+        outside = next(node["name"] for node in nodes if not plates_of(node))
         raise ProgramError(_no_bound(f"site {outside!r}", float(scale)))
     return scale
-
-
-def _in_plates(node: Any) -> bool:
-    return any(frame.vectorized and frame.name != PARTICLES for frame in node["cond_indep_stack"])
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
+import pyro
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
 from torch import Tensor, nn
@@ -48,6 +50,24 @@ class Objective(ELBO):
 
     samples_discrete = False
     """Whether a discrete site may be drawn in the guide, because its gradient is known without a path."""
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        vectorize_particles: bool = True,
+        max_plate_nesting: float = math.inf,
+        retain_graph: bool | None = None,
+    ) -> None:
+        if num_particles < 1:
+            raise ValueError(f"num_particles is {num_particles}: it must be at least 1")
+        untyped: Any = super()
+        untyped.__init__(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles,
+            max_plate_nesting=max_plate_nesting,
+            retain_graph=retain_graph,
+        )
 
     @abstractmethod
     def estimate(self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any) -> Estimate:
@@ -96,6 +116,8 @@ class Objective(ELBO):
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Minus the objective, with its gradient added to the parameters'."""
+        for number, module in enumerate(self.modules()):  # by this Pyro's SVI hears of them
+            pyro.module(f"{type(self).__name__}.{number}", module)
         found = self.estimate(model, guide, args, kwargs)
         if found.surrogate.requires_grad:
             found.surrogate.backward(retain_graph=self.retain_graph)

@@ -22,14 +22,12 @@ from pyro.infer.traceenum_elbo import TraceEnum_ELBO, _compute_dice_elbo
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 
+from pyro_lvm.elbo.particles import PARTICLES
 from pyro_lvm.elbo.terms import Terms, closed_form_kl, is_random, latent_kl, read_terms, sampled_terms, watch_factors
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.structure import base_of
 
 __all__ = ["DataPlate", "Parts", "read_parts", "why_no_path"]
-
-PARTICLES = "num_particles_vectorized"
-"""What Pyro calls the plate of vectorised particles."""
 
 
 @dataclass(frozen=True)

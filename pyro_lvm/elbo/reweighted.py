@@ -47,13 +47,13 @@ class Reweighted(Objective):
         if isinstance(sites, str):
             raise TypeError(f"sites is {sites!r}: name the sites in a list, [{sites!r}]")
         made = base() if isinstance(base, type) else copy.copy(base)
-        super().__init__(  # type: ignore[no-untyped-call]
+        super().__init__(
             num_particles=made.num_particles,
-            max_plate_nesting=made.max_plate_nesting,
             vectorize_particles=made.vectorize_particles,
             retain_graph=made.retain_graph,
         )
         self.base, self.sites = made, None if sites is None else tuple(sites)
+        self.analytic = isinstance(made, TraceMeanField_ELBO)
         self.enumerates = self.enumerates_guide = isinstance(made, TraceEnum_ELBO)
 
     def __repr__(self) -> str:

@@ -13,22 +13,20 @@ from __future__ import annotations
 import math
 import operator
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_lvm.capture.step import StepResult
 from pyro_lvm.data import Batch
-from pyro_lvm.elbo.terms import is_random
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.inference.prepare import Prepared
-from pyro_lvm.parameters import BoundProgram, isolated
+from pyro_lvm.owners import Owners, owners_of
+from pyro_lvm.parameters import BoundProgram
 
-__all__ = ["Alternate", "Alternation", "Owners", "alternation", "owners_of", "require_alternate"]
+__all__ = ["Alternate", "Alternation", "alternation", "require_alternate"]
 
 Alternate = tuple[int, int] | Literal["until-converged"]
 """Steps of phi and of theta in a cycle, or a word."""
@@ -48,19 +46,6 @@ LONGEST_TURN = 200
 NOTHING_TO_TRAIN = "E-step exact: nothing in the guide to train"
 SOLVED = "E-step exact: the program's solve_guide()"
 BY_GRADIENT = "E-step by gradient"
-
-
-@dataclass(frozen=True)
-class Owners:
-    """Which trainable parameters are the model's and which the guide's, by name.
-
-    Attributes:
-        theta: those that the log joint depends on; what the guide uses too is among them.
-        phi: the others that the guide (or the auxiliary loss) depends on.
-    """
-
-    theta: tuple[str, ...]
-    phi: tuple[str, ...]
 
 
 def require_alternate(alternate: Any) -> Alternate | None:
@@ -92,46 +77,6 @@ def require_alternate(alternate: Any) -> Alternate | None:
         if counts[-1] < 1:
             raise ValueError(f"{name} of alternate is {count}: each turn takes at least 1 step")
     return counts[0], counts[1]
-
-
-def owners_of(prepared: Prepared, batch: Batch) -> Owners:
-    """Run guide and model on ``batch`` and let autograd say what each depends on; nothing moves.
-
-    The model runs against the guide's values, detached, so that what it depends on is its own.
-    """
-    bound = prepared.bound
-    trainable = bound.trainable()
-    with isolated(0, validate=False), bound.holding(None), poutine.block(), torch.enable_grad():
-        guide_trace = poutine.trace(bound.guide).get_trace(*batch.args, **batch.named())
-        of_guide = [part for node in _sampled(guide_trace) for part in (node["value"], _log_prob(node))]
-        if prepared.auxiliary_loss is not None:
-            of_guide.append(prepared.auxiliary_loss(*batch.args, **batch.named()))
-        held = guide_trace.copy()
-        for node in _sampled(held):
-            node["value"] = node["value"].detach()
-        model = poutine.replay(bound.model, trace=held)
-        model_trace = poutine.trace(model).get_trace(*batch.args, **batch.named())
-        of_model = [_log_prob(node) for node in _sampled(model_trace)]
-    theta = _reached(of_model, trainable)
-    phi = [name for name in _reached(of_guide, trainable) if name not in theta]
-    return Owners(tuple(theta), tuple(phi))
-
-
-def _sampled(trace: Any) -> list[Any]:
-    return [node for node in trace.nodes.values() if is_random(node)]
-
-
-def _log_prob(node: Any) -> Any:
-    return node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
-
-
-def _reached(outputs: Iterable[Any], trainable: dict[str, nn.Parameter]) -> list[str]:
-    """Names of the parameters that the outputs hang on."""
-    sums = [output.sum() for output in outputs if isinstance(output, Tensor) and output.requires_grad]
-    if not sums or not trainable:
-        return []
-    gradients = torch.autograd.grad(sums, list(trainable.values()), allow_unused=True)
-    return [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is not None]
 
 
 class Alternation:
@@ -241,7 +186,8 @@ def alternation(alternate: Alternate | None, prepared: Prepared, batch: Batch, s
     if alternate is None:
         return None
     bound = prepared.bound
-    owners = owners_of(prepared, batch)
+    with bound.holding(None):
+        owners = owners_of(bound, batch, prepared.auxiliary_loss)
     if not owners.theta:
         raise ProgramError(
             f"the log joint of {bound.program.name} depends on no trainable parameter, so there is nothing to "

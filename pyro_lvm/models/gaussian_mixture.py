@@ -58,7 +58,7 @@ class GaussianMixture(InformationCriteria, nn.Module):
 
     When it is wrong: the likelihood has many maxima and, without `reg_covar`, no upper bound. A fit starts from the
     best of many short runs and may still end in another maximum for another seed. Components can be renumbered at
-    will: compare runs or average draws after :func:`~pyro_lvm.models.label_switching.align_components`. McLachlan
+    will: compare runs or average draws after :func:`~pyro_lvm.label_switching.align_components`. McLachlan
     and Peel (2000), https://doi.org/10.1002/0471721182, chapters 2 and 3.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from pyro.distributions import Delta
-from pyro.infer import RenyiELBO, TraceMeanField_ELBO
+from pyro.infer import RenyiELBO
 
 from pyro_lvm.data import Batch
 from pyro_lvm.dependencies import Parents, descendants
@@ -34,7 +34,7 @@ def check_estimator(
     """
     if isinstance(estimator.elbo, Objective):
         estimator.elbo.check(structure, batch)
-    if isinstance(getattr(estimator.elbo, "base", estimator.elbo), TraceMeanField_ELBO):
+    if estimator.analytic:
         _check_mean_field(structure, estimator, dependencies)
     if isinstance(estimator.elbo, RenyiELBO):
         _check_renyi(structure, estimator, batch)

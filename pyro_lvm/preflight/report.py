@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
 from pyro_lvm.data import Batch
@@ -203,6 +202,6 @@ def _kl(site: Site, guide_site: Site | None, role: str, estimator: Estimator) ->
         return ""
     if guide_site is None or guide_site.enumerated:
         return "summed out"
-    if isinstance(estimator.elbo, TraceMeanField_ELBO) and closed_form_kl(guide_site.fn, site.fn) is not None:
+    if estimator.analytic and closed_form_kl(guide_site.fn, site.fn) is not None:
         return "closed form"
     return "sampled"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import torch
@@ -37,10 +38,30 @@ def try_estimator(bound: BoundProgram, structure: Structure, estimator: Estimato
     except (RuntimeError, ValueError, AssertionError, NotImplementedError, KeyError, IndexError) as error:
         if isinstance(error, ProgramError):
             raise
-        reason = explained(error, seen)
+        reason = _does_not_broadcast(bound, structure, estimator, batch) or explained(error, seen)
         if reason is not None:
             raise ProgramError(reason) from error
         raise
+
+
+def _does_not_broadcast(bound: BoundProgram, structure: Structure, estimator: Estimator, batch: Batch) -> str | None:
+    """The words for a program that can be drawn from again and again, but not all at once; None for others."""
+    count = estimator.elbo.num_particles
+    if not estimator.elbo.vectorize_particles or count == 1:
+        return None
+    one_by_one = copy.copy(estimator.elbo)
+    one_by_one.vectorize_particles = False
+    try:
+        with bound.holding(None), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Estimator(one_by_one, structure, estimator.reason).evaluate(bound, batch)
+    except Exception:  # then it is no matter of dims
+        return None
+    return (
+        f"{estimator!r} draws its {count} particles in one pass, with a dim of {count} on the left of every plate, and "
+        "the program does not broadcast over it: write shapes from the right (x.shape[-1], torch.cat(..., -1), Vindex) "
+        "or give the estimator vectorize_particles=False"
+    )
 
 
 class _Seen:
