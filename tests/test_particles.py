@@ -94,9 +94,9 @@ def test_weights_together_are_the_weights_alone():
 
 
 class OneNoise(dist.Normal):
-    """A normal distribution that gives all draws side by side the same noise: every density is right, no draw is new."""
+    """A normal distribution that gives all draws side by side one noise: every density is right, no draw is new."""
 
-    def rsample(self, sample_shape=()):  # noqa: ARG002
+    def rsample(self, sample_shape=()):
         noise = torch.randn(self.batch_shape[-1], dtype=self.loc.dtype)
         return self.loc + self.scale * noise
 
