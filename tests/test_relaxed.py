@@ -197,6 +197,18 @@ def test_captured_steps_read_the_temperature_of_their_own_time():
     assert all(torch.equal(captured[name], eager[name]) for name in eager)
 
 
+def test_a_fit_has_a_temperature_of_its_own_that_graphs_are_given():
+    elbo = Relaxed(lvm.schedules.linear(2.0, 0.2))
+    x = torch.full((4,), X, dtype=torch.float64)
+    estimator, _, _ = prepared(elbo, OfTen(4), x)
+    estimator.advance(0.5)
+    assert [value.item() for value in estimator.tensors()] == [pytest.approx(1.1)]
+    with pytest.raises(lvm.ProgramError, match="nobody said how far"):  # the instance has heard nothing
+        elbo.temperature.now()
+    assert elbo.arrival() == 1.0
+    assert Relaxed(0.5).arrival() == 0.0
+
+
 def test_a_schedule_in_plain_svi_is_told_or_refused():
     program, elbo = Labels(), Relaxed(lvm.schedules.linear(1.0, 0.3))
 
