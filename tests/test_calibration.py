@@ -138,6 +138,16 @@ def test_ties_are_broken_by_lot():
     assert below.eq(9).all()
 
 
+def test_one_entry_of_many_is_enough_and_no_entry_is_too_many():
+    draw = np.random.default_rng(1)
+    sound = draw.integers(0, 100, size=(500, 300))
+    found = rank_finding(torch.from_numpy(sound), 99)
+    assert found.verdict == "fine"
+    assert found["p_values"].min() < 0.01  # of three hundred entries one is unlikely, and that is likely
+    sound[:, 7] = draw.integers(0, 40, size=500)
+    assert rank_finding(torch.from_numpy(sound), 99).verdict == "wrong"
+
+
 def test_ranks_that_are_off_by_little_are_looked_at_and_no_more():
     draw = np.random.default_rng(0)
     ranks = torch.from_numpy((100 * draw.beta(1.06, 1.06, size=(40_000, 1))).astype(int))

@@ -110,7 +110,6 @@ def diagnose_runs(
     unaligned = [_r_hat(before[name]) for name in known]
     r_hat = max(known.values(), default=1.0)
     elbos = torch.tensor([float(getattr(fit, "elbo", torch.nan)) for fit in fits], dtype=torch.float64)
-    spread = (elbos.max() - elbos.min()).item()
     verdict = judged(r_hat, CLOSE, APART)
     worst = max(known, key=lambda name: known[name], default="nothing")
     advice = {
@@ -119,7 +118,9 @@ def diagnose_runs(
         "wrong": f"runs found different posteriors, most in {worst!r}: take the run with the best bound, try more "
         "steps or a better start, and report none of them as the answer",
     }[verdict]
-    numbers = {"r_hat": r_hat, "r_hat_unaligned": max(unaligned, default=1.0), "elbo_spread": spread}
+    numbers = {"r_hat": r_hat, "r_hat_unaligned": max(unaligned, default=1.0)}
+    if bool(elbos.isfinite().all()):  # programs that were not fitted here have none
+        numbers["elbo_spread"] = (elbos.max() - elbos.min()).item()
     numbers |= {"runs": float(len(fits)), **{f"r_hat of {name}": value for name, value in known.items()}}
     return Finding("runs", verdict, numbers, advice, {"elbo": elbos, **{f"draws of {n}": after[n] for n in after}})
 
