@@ -76,7 +76,7 @@ class Capacity(Reweighted):
         return (self.capacity, self.gamma)
 
     def objective(self, parts: Parts) -> Tensor:
-        """Reconstruction - n gamma |KL / n - C|, nats of the whole data set."""
+        """Reconstruction - n gamma abs(KL / n - C), nats of the whole data set."""
         plate = parts.data_plate()
         names = self.chosen(parts, per_datum=True)
         held = sum((parts.kl[name] for name in names), parts.reconstruction.new_zeros(()))
