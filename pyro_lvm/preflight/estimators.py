@@ -87,5 +87,6 @@ def _check_renyi(structure: Structure, estimator: Estimator, batch: Batch) -> No
         raise ProgramError(
             f"{estimator!r} averages weights that are raised to the power {batch.size / len(batch):.4g}, by which the "
             f"plate {structure.data_plate!r} scales {len(batch)} of {batch.size} rows, and what comes out is no bound: "
-            "fit with batch_size=None, or use elbo=Trace_ELBO() in minibatches"
+            f"fit with batch_size=None, or use elbo=lvm.elbo.ImportanceWeighted({estimator.elbo.num_particles}), which "
+            "weighs every row by itself (at alpha=0)"
         )
