@@ -13,17 +13,11 @@ from pyro_lvm.inference import bound
 NOT_CAPTURED = {
     "bayesian_layer_of_a_lone_module",
     "bayesian_layer_with_an_autoguide",
-    "code_that_is_passed_straight_through",
     "data_plate_that_is_walked",
     "fairness_of_a_coin_in_a_loop",
-    "labels_enumerated_in_the_guide",
-    "labels_known_in_part",
-    "labels_of_three_rows_features_and_classes",
-    "topic_model_at_a_point",
-    "topic_model_read_by_a_network",
     "topics_by_a_network",
 }
-"""Each reads a tensor's value in Python; `one_hot` of torch, and a plate that is walked, do so too."""
+"""Each reads a tensor's value in Python; a plate that is walked does so too."""
 
 SUMMED_OUT = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Relative to the largest: what is enumerated is summed in an order of the graph's own."""
