@@ -150,6 +150,37 @@ def test_schedules_stand_at_their_end_and_a_baseline_is_learned_first():
     assert shifted.value == pytest.approx(plain.value)  # at its start the bias would be 1 / N
 
 
+class Centre(torch.nn.Module):
+    """A learned baseline, as users write it: float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.cost = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.cost.expand(len(x)) + 0.0 * x
+
+
+def test_a_baseline_is_learned_on_a_copy_in_the_dtype_of_the_data():
+    def model(x):
+        rates = pyro.param("rates", lambda: x.new_tensor([1.0, 4.0]))
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(x.new_ones(2)))
+            pyro.sample("x", dist.Normal(rates[y], 1.0), obs=x)
+
+    def guide(x):
+        logits = pyro.param("logits", lambda: x.new_zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=logits))
+
+    baseline = Centre()
+    table = lvm.compare_elbos((model, guide), X, [lvm.elbo.ScoreFunction(1, baseline)], num_draws=5, seed=0)
+    assert math.isfinite(table[0].gradient_std)
+    assert baseline.cost.dtype is torch.float32
+    assert baseline.cost.item() == 0.0
+    assert baseline.cost.grad is None
+
+
 def test_nothing_is_changed_and_the_table_prints():
     pair = Pair()
     pair.a.grad = torch.tensor(7.0, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_lvm.data import Batch
 from pyro_lvm.elbo.estimator import Estimator, make_estimator
+from pyro_lvm.elbo.objective import Objective
 from pyro_lvm.evaluation import Evaluation
 from pyro_lvm.parameters import BoundProgram, isolated
 from pyro_lvm.preflight.pair import check_pair
@@ -43,12 +45,16 @@ class Measurement:
 def measure(evaluation: Evaluation, elbo: ELBO | type[ELBO], num_draws: int, seed: int) -> Measurement:
     """Evaluate ``elbo`` and its gradient on all rows, with its schedules where training ends.
 
-    An estimator that learns something of its own (a baseline) first learns it during as many evaluations.
+    An estimator that learns something of its own (a baseline) first learns it during as many evaluations, on a copy.
     """
     bound, size = evaluation.bound, len(evaluation.rows)
     with evaluation.running(seed):
         batch, structure = evaluation.whole()
+        if isinstance(elbo, Objective) and elbo.modules():
+            elbo = copy.deepcopy(elbo)  # what it learns here is not for the fits to come
         estimator = make_estimator(elbo, structure)
+        for module in estimator.modules:
+            module.to(device=evaluation.rows.device, dtype=evaluation.rows.dtype)
         check_pair(bound, structure, estimator, batch)
         estimator.advance(1.0)
         trainable = bound.trainable()
