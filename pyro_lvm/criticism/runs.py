@@ -64,7 +64,7 @@ def diagnose_runs(
     does not keep, is left out.
 
     Args:
-        fits: at least two `Fit`s of the same program from different seeds.
+        fits: at least two of the same program from different seeds.
         x: data as for `fit`.
         num_draws: of each run.
         max_rows: latents of so many data are compared, the first ones.
