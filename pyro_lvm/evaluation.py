@@ -66,6 +66,13 @@ class Evaluation:
         return batch, traced(self.bound.model, self.bound.guide, batch)
 
     @property
+    def takes_parts(self) -> bool:
+        """Whether the program can be given a part of the rows: an autoguide must be told which."""
+        program = self.bound.program
+        by_row = isinstance(program.guide, AutoGuide) and bool(self.structure.local_latent)
+        return program.names("size") and (not by_row or program.names("index"))
+
+    @property
     def given(self) -> GivenDraws | None:
         """The guide, where it says given draws again instead of making its own."""
         guide = self.bound.program.guide

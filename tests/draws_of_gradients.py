@@ -9,6 +9,7 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
+from oracles import categorical_bound
 from torch import nn
 
 from pyro_lvm.data import Batch
@@ -16,7 +17,6 @@ from pyro_lvm.elbo.estimator import Estimator
 from pyro_lvm.parameters import BoundProgram, isolated
 from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import as_program
-from tests.oracles import categorical_bound
 
 LOGITS = [1.2, -0.4, 0.3, 0.0, -1.0, 0.8, -0.2, 0.5, -0.7, 0.1]
 LOCS = [-2.0, -1.2, 0.4, 1.5, 0.9, -0.3, 2.2, -1.7, 0.1, 1.0]

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.distributions import constraints
 
+import pyro_lvm as lvm
+
 
 def data(n=40, seed=0, dtype=torch.float64):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=dtype) + 1.0
@@ -31,6 +33,38 @@ def mixture(x, size=None):
 
 def nothing(x, size=None):
     """The guide of `mixture`."""
+
+
+class Labels(nn.Module):
+    """Three labels, one-hot or whole numbers; x is Normal around the label's location; the guide is linear in x."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.logits = nn.Linear(1, 3)
+        self.locs = nn.Parameter(torch.tensor([-2.0, 0.0, 2.0]))
+        with torch.no_grad():
+            self.logits.weight.fill_(0.1)
+            self.logits.bias.zero_()
+
+    def model(self, x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            y = pyro.sample("y", self.kind(x.new_ones(3)))
+            loc = self.locs[y] if self.kind is dist.Categorical else y @ self.locs
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def guide(self, x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("y", self.kind(logits=self.logits(x[:, None])))
+
+
+def ppca_with_an_inexact_guide():
+    """PPCA at its maximum on twelve rows, and the rows; its guide's means are drawn back, so that weights vary."""
+    x = rows(12, 4, seed=3)
+    model = lvm.PPCA.closed_form(x, 2)
+    with torch.no_grad():
+        model._standard_guide_weight *= 0.7
+    return model, x
 
 
 def model_of_mean(x, size=None):

@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from pyro.ops.indexing import Vindex
+from small_programs import ppca_with_an_inexact_guide
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_lvm as lvm
@@ -112,11 +113,7 @@ def test_a_plate_within_the_data_plate_with_labels_at_both_levels():
 
 @pytest.fixture(scope="module")
 def ppca() -> tuple[lvm.PPCA, torch.Tensor]:
-    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    model = lvm.PPCA.closed_form(x, 2)
-    with torch.no_grad():
-        model._standard_guide_weight *= 0.7  # an inexact guide, so that weights vary
-    return model, x
+    return ppca_with_an_inexact_guide()
 
 
 def test_ppca_is_exact_and_by_importance_within_its_standard_errors(ppca):

@@ -6,13 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.distributions.testing.fakes import NonreparameterizedNormal
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from torch import nn
-
-from pyro_lvm.elbo import ImportanceWeighted, Relaxed, ScoreFunction, WakeSleep, score_function
-from pyro_lvm.elbo.particles import plates_of
-from tests.draws_of_gradients import (
+from draws_of_gradients import (
     LOCS,
     LOGITS,
     NOISE,
@@ -28,7 +22,13 @@ from tests.draws_of_gradients import (
     repeatedly,
     spread,
 )
-from tests.oracles import categorical_bound, normal_bound, slopes, two_particle_bound
+from oracles import categorical_bound, normal_bound, slopes, two_particle_bound
+from pyro.distributions.testing.fakes import NonreparameterizedNormal
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch import nn
+
+from pyro_lvm.elbo import ImportanceWeighted, Relaxed, ScoreFunction, WakeSleep, score_function
+from pyro_lvm.elbo.particles import plates_of
 
 N = 20_000
 _, BY_LOGITS, BY_LOCS = categorical_bound(LOGITS, LOCS, X)

@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.special
 import torch
+from small_programs import ppca_with_an_inexact_guide
 from torch.distributions import constraints
 
 import pyro_lvm as lvm
@@ -36,11 +37,7 @@ def conjugate(x, size=None):
 
 @pytest.fixture(scope="module")
 def ppca() -> tuple[lvm.PPCA, torch.Tensor]:
-    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    model = lvm.PPCA.closed_form(x, 2)
-    with torch.no_grad():
-        model._standard_guide_weight *= 0.7  # an inexact guide, so that weights vary
-    return model, x
+    return ppca_with_an_inexact_guide()
 
 
 def test_draws_of_the_prior_find_the_evidence(ppca):

@@ -7,35 +7,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from draws_of_gradients import VALUE, OfTen, X, draws, off, prepared, spread
+from oracles import posterior_moments
 from pyro.infer import SVI
+from small_programs import Labels
 from torch import nn
 
 import pyro_lvm as lvm
 from pyro_lvm.elbo import Relaxed
 from pyro_lvm.parameters import isolated
-from tests.draws_of_gradients import VALUE, OfTen, X, draws, off, prepared, spread
-from tests.oracles import posterior_moments
-
-
-class Labels(nn.Module):
-    """Three labels, one-hot; x is Normal around the label's location."""
-
-    def __init__(self):
-        super().__init__()
-        self.logits = nn.Linear(1, 3)
-        self.locs = nn.Parameter(torch.tensor([-2.0, 0.0, 2.0]))
-        with torch.no_grad():
-            self.logits.weight.fill_(0.1)
-            self.logits.bias.zero_()
-
-    def model(self, x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            y = pyro.sample("y", dist.OneHotCategorical(x.new_ones(3)))
-            pyro.sample("x", dist.Normal(y @ self.locs, 1.0), obs=x)
-
-    def guide(self, x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("y", dist.OneHotCategorical(logits=self.logits(x[:, None])))
 
 
 class Switch(nn.Module):
@@ -179,7 +159,7 @@ def test_the_straight_through_draw_is_discrete():
 def test_a_fit_with_a_falling_temperature_comes_near_the_evidence():
     x = clusters()
     cooling = lvm.schedules.exponential(1.0, 0.2)
-    fit = lvm.fit(Labels(), x, elbo=Relaxed(cooling, num_particles=2), steps=400, lr=0.03, seed=0)
+    fit = lvm.fit(Labels(dist.OneHotCategorical), x, elbo=Relaxed(cooling, num_particles=2), steps=400, lr=0.03, seed=0)
     locs = fit.params["locs"]
     evidence = dist.Normal(locs, 1.0).log_prob(x[:, None]).sub(np.log(3)).logsumexp(-1).mean().item()
     assert evidence - 0.3 < fit.elbo <= evidence + 0.01
@@ -189,7 +169,7 @@ def test_captured_steps_read_the_temperature_of_their_own_time():
     def trained(capture):
         torch.manual_seed(0)
         elbo = Relaxed(lvm.schedules.linear(2.0, 0.2))
-        fit = lvm.fit(Labels(), clusters(), elbo=elbo, steps=40, lr=0.03, seed=0, capture=capture)
+        fit = lvm.fit(Labels(dist.OneHotCategorical), clusters(), elbo=elbo, steps=40, lr=0.03, seed=0, capture=capture)
         assert fit.info["capture"] == (capture or "eager")
         return fit.params
 
@@ -210,7 +190,7 @@ def test_a_fit_has_a_temperature_of_its_own_that_graphs_are_given():
 
 
 def test_a_schedule_in_plain_svi_is_told_or_refused():
-    program, elbo = Labels(), Relaxed(lvm.schedules.linear(1.0, 0.3))
+    program, elbo = Labels(dist.OneHotCategorical), Relaxed(lvm.schedules.linear(1.0, 0.3))
 
     def model(x):
         pyro.module("program", program)

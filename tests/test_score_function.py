@@ -6,35 +6,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from draws_of_gradients import VALUE, Linear, OfTen, X, draws, prepared
 from pyro.infer import SVI
+from small_programs import Labels, data, guide_of_mean, model_of_mean
 from torch import nn
 
 import pyro_lvm as lvm
 from pyro_lvm.elbo import ScoreFunction
 from pyro_lvm.parameters import isolated
-from tests.draws_of_gradients import VALUE, Linear, OfTen, X, draws, prepared
-from tests.small_programs import data, guide_of_mean, model_of_mean
-
-
-class Labels(nn.Module):
-    """Three labels, x is Normal around the label's location; the guide is linear in x."""
-
-    def __init__(self):
-        super().__init__()
-        self.logits = nn.Linear(1, 3)
-        self.locs = nn.Parameter(torch.tensor([-2.0, 0.0, 2.0]))
-        with torch.no_grad():
-            self.logits.weight.fill_(0.1)
-            self.logits.bias.zero_()
-
-    def model(self, x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            y = pyro.sample("y", dist.Categorical(x.new_ones(3)))
-            pyro.sample("x", dist.Normal(self.locs[y], 1.0), obs=x)
-
-    def guide(self, x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("y", dist.Categorical(logits=self.logits(x[:, None])))
 
 
 class Learned(nn.Module):
@@ -68,7 +47,7 @@ def test_wrong_arguments_are_refused():
 @pytest.mark.parametrize("elbo", [ScoreFunction(4, "rloo"), ScoreFunction(2, "average"), ScoreFunction(2)], ids=repr)
 def test_a_fit_reaches_what_enumeration_reaches(elbo):
     x = clusters()
-    fit = lvm.fit(Labels(), x, elbo=elbo, steps=600, lr=0.03, seed=0)
+    fit = lvm.fit(Labels(dist.Categorical), x, elbo=elbo, steps=600, lr=0.03, seed=0)
     evidence = exact_evidence(fit.params["locs"], x)
     assert evidence - 0.15 < fit.elbo <= evidence + 0.01
 
@@ -80,7 +59,7 @@ def exact_evidence(locs, x):
 def test_a_learned_baseline_is_trained_to_predict_the_cost():
     x = clusters()
     learned = Learned()
-    lvm.fit(Labels(), x, elbo=ScoreFunction(2, learned), steps=600, lr=0.03, seed=0)
+    lvm.fit(Labels(dist.Categorical), x, elbo=ScoreFunction(2, learned), steps=600, lr=0.03, seed=0)
     assert learned.layer.bias.item() == pytest.approx(2.0, abs=0.7)  # about minus the bound of a datum
 
 
@@ -119,7 +98,7 @@ def test_the_average_is_of_earlier_steps_and_starts_with_none():
 
 def test_two_fits_with_one_instance_do_not_share_an_average():
     x, elbo = clusters(), ScoreFunction(2, "average")
-    first = lvm.fit(Labels(), x, elbo=elbo, steps=10, lr=0.03, seed=0)
+    first = lvm.fit(Labels(dist.Categorical), x, elbo=elbo, steps=10, lr=0.03, seed=0)
     torch.manual_seed(0)
     second = lvm.fit(first.program, x, elbo=elbo, steps=10, lr=0.03, seed=0)
     assert elbo.tensors() == ()
@@ -130,7 +109,7 @@ def test_a_check_changes_nothing():
     def trained(check):
         torch.manual_seed(0)
         elbo = ScoreFunction(2, "average")
-        return lvm.fit(Labels(), clusters(), elbo=elbo, steps=20, lr=0.03, seed=0, check=check).params
+        return lvm.fit(Labels(dist.Categorical), clusters(), elbo=elbo, steps=20, lr=0.03, seed=0, check=check).params
 
     with_check, without = trained(True), trained(False)
     assert all(torch.equal(with_check[name], without[name]) for name in without)
@@ -140,7 +119,7 @@ def test_a_check_changes_nothing():
 def test_captured_steps_train_to_the_same_bits(baseline):
     def trained(capture):
         torch.manual_seed(0)
-        program, module = Labels(), Learned()
+        program, module = Labels(dist.Categorical), Learned()
         elbo = ScoreFunction(2, module if baseline == "learned" else baseline)
         fit = lvm.fit(program, clusters(), elbo=elbo, steps=40, batch_size=40, lr=0.03, seed=0, capture=capture)
         assert fit.info["capture"] == (capture or "eager")
@@ -154,7 +133,7 @@ def test_captured_steps_train_to_the_same_bits(baseline):
 def test_minibatches_of_all_rows_weigh_as_the_whole(vectorize):
     """The loss does not hang on how rows are dealt out: its mean over batches is the loss of all, in expectation."""
     x = clusters().double()
-    program = Labels().double()
+    program = Labels(dist.Categorical).double()
 
     def mean_loss(rows):
         with isolated(1, validate=False):
@@ -175,7 +154,7 @@ def test_a_module_that_does_not_give_a_number_for_each_row_is_refused():
             return x.new_zeros(len(x), 1)
 
     with pytest.raises(lvm.ProgramError, match=r"Flat gave shape \(120, 1\) for guide site 'y', whose plates have the"):
-        lvm.fit(Labels(), clusters(), elbo=ScoreFunction(1, Flat()), steps=1)
+        lvm.fit(Labels(dist.Categorical), clusters(), elbo=ScoreFunction(1, Flat()), steps=1)
 
 
 def test_a_module_is_no_baseline_of_a_site_that_all_data_share():
@@ -211,7 +190,7 @@ def test_parts_of_the_bound_are_those_of_the_draws():
 
 
 def test_it_trains_in_plain_svi_baseline_and_all():
-    x, learned, program = clusters(), Learned(), Labels()
+    x, learned, program = clusters(), Learned(), Labels(dist.Categorical)
 
     def model(x):
         pyro.module("program", program)
@@ -241,5 +220,5 @@ def test_a_program_that_does_not_broadcast_is_told_how_to_go_on():
     with pytest.raises(
         lvm.ProgramError, match=r"4 particles in one pass.*does not broadcast.*vectorize_particles=False"
     ):
-        lvm.fit(Stacked(), x, elbo=ScoreFunction(4), steps=1)
-    lvm.fit(Stacked(), x, elbo=ScoreFunction(4, vectorize_particles=False), steps=1, seed=0)
+        lvm.fit(Stacked(dist.Categorical), x, elbo=ScoreFunction(4), steps=1)
+    lvm.fit(Stacked(dist.Categorical), x, elbo=ScoreFunction(4, vectorize_particles=False), steps=1, seed=0)

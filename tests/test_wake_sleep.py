@@ -7,15 +7,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from draws_of_gradients import NOISE, NORMAL, off, prepared, repeated
+from oracles import posterior_moments, slopes
 from pyro.infer import SVI, Trace_ELBO
+from small_programs import Amortised, data, guide_of_mean, model_of_mean, rows
 from torch import nn
 
 import pyro_lvm as lvm
 from pyro_lvm.elbo import WakeSleep
 from pyro_lvm.parameters import isolated
-from tests.draws_of_gradients import NOISE, NORMAL, off, prepared, repeated
-from tests.oracles import posterior_moments, slopes
-from tests.small_programs import Amortised, data, guide_of_mean, model_of_mean, rows
 
 
 class TwoModes(nn.Module):

@@ -162,18 +162,15 @@ class CapturedStep:
         own = [(tensor, tensor.detach().clone()) for tensor in self.step.estimator.tensors()]
         before = self._python_state()
 
-        def restore(kept: list[tuple[Tensor, Tensor]]) -> None:
-            with torch.no_grad():
-                for tensor, value in kept:
-                    tensor.copy_(value)
-
         def fresh(function: Callable[[], Any]) -> Any:
             try:
                 with isolated(0, validate=False):
                     return function()
             finally:
                 bound.load(snapshot)
-                restore(own)
+                with torch.no_grad():
+                    for tensor, value in own:
+                        tensor.copy_(value)
 
         try:
             once, again = (fresh(lambda: self._taken(self.step, batch)) for _ in range(2))
@@ -189,7 +186,6 @@ class CapturedStep:
         finally:
             for parameter in self.step.parameters:
                 parameter.grad = None
-            restore(own)
         self._state = before
         return graph
 

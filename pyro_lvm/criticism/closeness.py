@@ -117,10 +117,11 @@ def joint_closeness(evaluation: Evaluation, num_samples: int) -> list[Finding]:
     """Findings "k_hat_joint" and "gap_joint" of all latents together, given all rows."""
     batch = evaluation.rows.whole()
     drawn = [log_weight(draw_latent(evaluation.bound, evaluation.structure, batch)).cpu() for _ in range(num_samples)]
-    found = _summary(torch.stack(drawn)[:, None])
+    log_weights = torch.stack(drawn)
+    found = _summary(log_weights[:, None])
     k, n = found.k_hat.item(), evaluation.rows.size
     gap = (found.log_evidence - found.elbo).item()
-    spread = _summary_error(torch.stack(drawn).double())
+    spread = _summary_error(log_weights.double())
     # with latents of every datum among them, small misfits add up: they are judged by row
     adds_up = any(site.name in evaluation.structure.guide for site in evaluation.structure.local_latent)
     worst: Verdict = "look" if adds_up and weighs_rows(evaluation.structure) else "wrong"
@@ -142,7 +143,7 @@ def joint_closeness(evaluation: Evaluation, num_samples: int) -> list[Finding]:
     }[total]
     gap_numbers = {"nats": gap, "standard_error": spread, "nats_per_datum": gap / n, "elbo": found.elbo.item() / n}
     return [
-        Finding("k_hat_joint", verdict, numbers, advice, {"log_weights": torch.stack(drawn)}),
+        Finding("k_hat_joint", verdict, numbers, advice, {"log_weights": log_weights}),
         Finding("gap_joint", total, gap_numbers, advice_of_gap),
     ]
 

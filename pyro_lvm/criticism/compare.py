@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pyro.infer import ELBO
 
 from pyro_lvm.criticism.gradient_meter import Measurement, measure
+from pyro_lvm.criticism.row_table import RowTable
 from pyro_lvm.evaluation import Evaluation, fresh_seed
 
 __all__ = ["ElboRow", "ElboTable", "compare_elbos"]
@@ -36,19 +37,8 @@ class ElboRow:
 
 
 @dataclass(frozen=True, repr=False)
-class ElboTable(Sequence[ElboRow]):
+class ElboTable(RowTable[ElboRow]):
     """Rows of `compare_elbos`; prints as a table."""
-
-    rows: tuple[ElboRow, ...]
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.rows[i]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[ElboRow]:
-        return iter(self.rows)
 
     def __repr__(self) -> str:
         width = max([len("estimator"), *(len(row.estimator) for row in self.rows)])

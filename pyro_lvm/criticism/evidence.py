@@ -14,7 +14,6 @@ import inspect
 from typing import Any, Literal, get_args, overload
 
 import torch
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_lvm.criticism.annealed import anneal
@@ -240,6 +239,4 @@ def _log_mean(passes: Passes, batch: Batch, num_samples: int) -> Evidence:
 
 def rows_at_a_time(evaluation: Evaluation, batch_size: int) -> int | None:
     """Rows at a time: all of them where the program cannot take a part."""
-    program = evaluation.bound.program
-    by_row = isinstance(program.guide, AutoGuide) and bool(evaluation.structure.local_latent)
-    return batch_size if program.names("size") and (not by_row or program.names("index")) else None
+    return batch_size if evaluation.takes_parts else None

@@ -10,7 +10,7 @@ reaches the variance one: of two estimators of one gradient the one with the sma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -18,6 +18,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_lvm.criticism.gradient_meter import Measurement, measure
+from pyro_lvm.criticism.row_table import RowTable
 from pyro_lvm.evaluation import Evaluation, batch_to_trace, fresh_seed
 from pyro_lvm.owners import owners_of
 
@@ -53,7 +54,7 @@ class GradientRow:
 
 
 @dataclass(frozen=True, repr=False)
-class GradientReport(Sequence[GradientRow]):
+class GradientReport(RowTable[GradientRow]):
     """Rows of `gradient_report`, estimator by estimator; prints as a table.
 
     Attributes:
@@ -63,19 +64,9 @@ class GradientReport(Sequence[GradientRow]):
         num_draws: gradients that each was computed from.
     """
 
-    rows: tuple[GradientRow, ...]
     means: tuple[Mapping[str, Tensor], ...] = field(compare=False)
     variances: tuple[Mapping[str, Tensor], ...] = field(compare=False)
     num_draws: int
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.rows[i]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[GradientRow]:
-        return iter(self.rows)
 
     def __repr__(self) -> str:
         names = max(9, *(len(row.estimator) for row in self.rows)) if self.rows else 9

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_lvm.criticism.weights import Draw, draw_latent, draw_local, local_log_weight
 from pyro_lvm.data import Batch
 from pyro_lvm.evaluation import Evaluation
 
-__all__ = ["JudgedRows", "judged_rows", "row_log_weights", "takes_parts"]
+__all__ = ["JudgedRows", "judged_rows", "row_log_weights"]
 
 ROWS_AT_A_TIME = 512
 """Rows in one pass; memory only."""
@@ -36,18 +35,10 @@ class JudgedRows:
         return len(self.index)
 
 
-def takes_parts(evaluation: Evaluation) -> bool:
-    """Whether the program can be given a part of the rows."""
-    program = evaluation.bound.program
-    by_row = isinstance(program.guide, AutoGuide) and bool(evaluation.structure.local_latent)
-    in_memory = evaluation.rows.loader is None
-    return in_memory and program.names("size") and (not by_row or program.names("index"))
-
-
 def judged_rows(evaluation: Evaluation, num_rows: int | None, seed: int) -> JudgedRows:
     """``num_rows`` rows at random (None: all), or all where the program cannot take a part."""
     size = evaluation.rows.size
-    if not takes_parts(evaluation):
+    if evaluation.rows.loader is not None or not evaluation.takes_parts:
         whole = evaluation.rows.whole()
         return JudgedRows((whole,), torch.arange(size), whole)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))

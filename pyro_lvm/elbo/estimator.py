@@ -63,22 +63,30 @@ class Estimator:
     @property
     def enumerates(self) -> bool:
         """Whether sites that the model enumerates are summed out."""
-        return isinstance(self.elbo, TraceEnum_ELBO) or bool(getattr(self.elbo, "enumerates", False))
+        return self._says("enumerates", TraceEnum_ELBO)
 
     @property
     def enumerates_guide(self) -> bool:
         """Whether sites that the guide enumerates are summed over."""
-        return isinstance(self.elbo, TraceEnum_ELBO) or bool(getattr(self.elbo, "enumerates_guide", False))
+        return isinstance(self.elbo, TraceEnum_ELBO) or (
+            isinstance(self.elbo, Objective) and self.elbo.enumerates_guide
+        )
 
     @property
     def samples_discrete(self) -> bool:
         """Whether a discrete site may be drawn in the guide on purpose."""
-        return isinstance(self.elbo, TraceGraph_ELBO) or bool(getattr(self.elbo, "samples_discrete", False))
+        return isinstance(self.elbo, TraceGraph_ELBO) or (
+            isinstance(self.elbo, Objective) and self.elbo.samples_discrete
+        )
 
     @property
     def analytic(self) -> bool:
         """Whether a KL stands in closed form where there is one."""
-        return isinstance(self.elbo, TraceMeanField_ELBO) or bool(getattr(self.elbo, "analytic", False))
+        return self._says("analytic", TraceMeanField_ELBO)
+
+    def _says(self, what: str, kind: type[ELBO]) -> bool:
+        """What an objective says of itself; of Pyro's own, the kind says it."""
+        return bool(getattr(self.elbo, what)) if isinstance(self.elbo, Objective) else isinstance(self.elbo, kind)
 
     @property
     def argument(self) -> str:

@@ -51,6 +51,9 @@ class Objective(ELBO):
     samples_discrete = False
     """Whether a discrete site may be drawn in the guide, because its gradient is known without a path."""
 
+    analytic = False
+    """Whether a KL stands in closed form where there is one."""
+
     def __init__(
         self,
         num_particles: int = 1,

@@ -133,12 +133,11 @@ class WakeSleep(Objective):
                 raise ProgramError(_auxiliary(f"site {node['name']!r}"))
         rows = common_frames([*model_sites, *guide_sites])
         _check_rows([*model_sites, *guide_sites], rows)
-        log_joint = _summed(particles, model_sites, rows, "log_prob")
-        log_guide = _summed(particles, guide_sites, rows, "log_prob")
+        log_joint = _summed(particles, model_sites, rows, _scaled)
+        log_guide = _summed(particles, guide_sites, rows, _scaled)
         with torch.no_grad():
-            log_weight = _summed(particles, model_sites, rows, "unscaled") - _summed(
-                particles, guide_sites, rows, "unscaled"
-            )
+            log_weight = _summed(particles, model_sites, rows, _unscaled)
+            log_weight = log_weight - _summed(particles, guide_sites, rows, _unscaled)
             weights = torch.softmax(log_weight, 0)
             scale = subsampling(rows.values())
             bound = scale * (torch.logsumexp(log_weight, 0) - math.log(particles.count)).sum()
@@ -170,11 +169,11 @@ class _Detached(Messenger):
             msg["value"] = msg["value"].detach()
 
 
-def _summed(particles: Particles, sites: list[Any], rows: dict[str, Any], what: str) -> Tensor:
+def _summed(particles: Particles, sites: list[Any], rows: dict[str, Any], what: Callable[[Any], Tensor]) -> Tensor:
     """Log-densities of sites, summed over all plates but ``rows``: shape (K, *rows at their dims)."""
     total: Any = 0.0
     for node in sites:
-        value = particles.read(node, _unscaled if what == "unscaled" else _scaled)
+        value = particles.read(node, what)
         dims = [frame.dim for name, frame in plates_of(node).items() if name not in rows]
         total = total + (value.sum(dims, keepdim=True) if dims else value)
     shape = [particles.count, *[1] * particles.nesting]
