@@ -6,7 +6,7 @@ apart from them.
 
 from __future__ import annotations
 
-__all__ = ["NonFiniteError", "ProgramError", "ProgramWarning"]
+__all__ = ["NonFiniteError", "ProgramError", "ProgramWarning", "StorageError"]
 
 
 class ProgramError(ValueError):
@@ -23,3 +23,7 @@ class ProgramWarning(UserWarning):
 
 class NonFiniteError(RuntimeError):
     """The loss became NaN or infinite during a fit; the last finite parameters are back in the modules."""
+
+
+class StorageError(RuntimeError):
+    """Something on disk cannot be written, cannot be read, or is not what it says; the message names the file."""

@@ -25,6 +25,7 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 # A module may import those that stand before it. One entry stands for a file or for a whole folder.
 ORDER = (
     "errors",
+    "storage",
     "declaration",
     "schedules",
     "networks",
