@@ -107,5 +107,5 @@ def digest(content: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        found.update(memoryview(tensor.reshape(-1).contiguous().view(torch.uint8).numpy()))
+        found.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
