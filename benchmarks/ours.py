@@ -71,7 +71,8 @@ def burst(loop: Loop, level: str, steps: int) -> Burst:
     watch = Watch((), None, None, 0, progress=False)
 
     def run() -> None:
-        loop.steps_done, loop.total_steps = 0, steps
+        loop.steps_done, loop.epoch, loop.batches_done, loop.stopped = 0, 0, 0, None
+        loop.total_steps = steps
         with isolated(0, validate=False):
             loop.run(watch)
         if loop.step.level != level:

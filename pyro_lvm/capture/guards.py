@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_lvm.program import Program
 
-__all__ = ["left_as_found", "python_state"]
+__all__ = ["left_as_found", "numbers_of", "python_state"]
 
 _PLAIN = (bool, int, float, str, type(None))
 DEPTH = 4
@@ -33,6 +33,12 @@ def python_state(program: Program, auxiliary_loss: Any = None) -> dict[str, Any]
         for path, value in _values(name, part, seen, DEPTH):
             found[path] = value
     return found
+
+
+def numbers_of(program: Program, auxiliary_loss: Any = None) -> dict[str, float]:
+    """The Python numbers among these values, which mean the same in another process; not who is in training mode."""
+    found = python_state(program, auxiliary_loss)
+    return {path: value for path, value in found.items() if isinstance(value, int | float) and path[-9:] != ".training"}
 
 
 @contextmanager
@@ -87,7 +93,7 @@ def _values(path: str, thing: Any, seen: set[int], depth: int) -> Iterator[tuple
         # what a module holds is an input of the graph; of other tensors a value may have been read
         yield (
             path,
-            id(thing) if "._buffers." in path or isinstance(thing, nn.Parameter) else (id(thing), thing._version),
+            (id(thing),) if "._buffers." in path or isinstance(thing, nn.Parameter) else (id(thing), thing._version),
         )
         return
     if depth == 0 or isinstance(thing, type | ModuleType) or id(thing) in seen:

@@ -150,6 +150,20 @@ class Alternation:
         if self.solve is not None:
             self.solve()
 
+    def state(self) -> dict[str, Any]:
+        """Whose turn it is and what it has seen, as plain values and tensors."""
+        return {
+            "is_theta": self._is_theta,
+            "taken": self._taken,
+            "losses": self._losses,
+            "window": self._window,
+        }
+
+    def load_state(self, state: dict[str, Any], device: torch.device | None) -> None:
+        """Go on from what `state` gave."""
+        self._is_theta, self._taken = state["is_theta"], state["taken"]
+        self._losses, self._window = [loss.to(device) for loss in state["losses"]], state["window"]
+
     def _pass_on(self) -> None:
         self._is_theta = not self._is_theta
         self._taken, self._losses, self._window = 0, [], None

@@ -12,6 +12,8 @@ full one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,30 +39,80 @@ class Order:
         self.batch_size = None if batch_size is None or batch_size >= len(rows) else batch_size
         self.strata = strata if self.batch_size is not None else None
         self._generator = torch.Generator().manual_seed(seed)
+        self._start = self._generators()
         self._full: Batch | None = None
         if rows.loader is not None:
             self.steps_per_epoch = len(rows.loader)
         else:
             self.steps_per_epoch = 1 if self.batch_size is None else -(-len(rows) // self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[tuple[Batch, float]]:
-        """The batches of one epoch, each with its share of the epoch's mean loss."""
+    def epoch(self, number: int, skip: int = 0) -> Iterator[tuple[Batch, float]]:
+        """The batches of one epoch, each with its share of the epoch's mean loss.
+
+        Args:
+            number: of the epoch, from 0.
+            skip: how many of its batches are done already, in an epoch that `load_state` knows the start of.
+        """
+        if skip:
+            self._load_generators(self._start)
+        else:
+            self._start = self._generators()
         rows = self.rows.redrawn(number, self.seed)
         if rows.loader is not None:
-            for batch in rows.batches(None):
-                yield batch, len(batch) / len(rows)
+            yield from self._loaded(rows, skip)
         elif self.batch_size is None:
             if self._full is None or rows is not self.rows:
                 self._full = rows.whole()
-            yield self._full, 1.0
-        elif self.strata is not None:
-            yield from self._stratified(rows, self.strata)
+            yield from [(self._full, 1.0)][skip:]
         else:
-            permutation = torch.randperm(len(rows), generator=self._generator)
-            for index in permutation.split(self.batch_size):
-                yield rows.take(index), len(index) / len(rows)
+            for index, weight, share in islice(self._planned(rows, self.batch_size), skip, None):
+                yield rows.take(index, weight), share
 
-    def _stratified(self, rows: Rows, strata: list[tuple[Tensor, int]]) -> Iterator[tuple[Batch, float]]:
+    def state(self) -> dict[str, Any]:
+        """What `load_state` needs to go on within the running epoch: the generators as they were at its start."""
+        return self._start
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Begin the next epoch that is asked for where `state` was taken."""
+        self._start = state
+        self._load_generators(state)
+
+    def _generators(self) -> dict[str, Any]:
+        generators: dict[str, Any] = {"own": self._generator.get_state()}
+        loader = self.rows.loader
+        if loader is not None:  # it draws its order from a generator of its own, or from the global one
+            generators["global"] = torch.get_rng_state()
+            generators["loader"] = None if loader.generator is None else loader.generator.get_state()
+        return generators
+
+    def _load_generators(self, state: dict[str, Any]) -> None:
+        self._generator.set_state(state["own"])
+        loader = self.rows.loader
+        if loader is not None and loader.generator is not None:
+            loader.generator.set_state(state["loader"])
+
+    def _loaded(self, rows: Rows, skip: int) -> Iterator[tuple[Batch, float]]:
+        batches = rows.batches(None)
+        if skip:
+            now = torch.get_rng_state()
+            torch.set_rng_state(self._start["global"])  # the order is drawn when the first batch is asked for
+            for _ in islice(batches, skip):
+                pass
+            torch.set_rng_state(now)
+        for batch in batches:
+            yield batch, len(batch) / len(rows)
+
+    def _planned(self, rows: Rows, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None, float]]:
+        """Row numbers, row weights and share of each batch, before any row is read."""
+        if self.strata is not None:
+            yield from self._stratified(rows, self.strata)
+            return
+        for index in torch.randperm(len(rows), generator=self._generator).split(batch_size):
+            yield index, None, len(index) / len(rows)
+
+    def _stratified(
+        self, rows: Rows, strata: list[tuple[Tensor, int]]
+    ) -> Iterator[tuple[Tensor, Tensor | None, float]]:
         total = sum(count for _, count in strata)
         dtype = rows.dtype or torch.get_default_dtype()
         orders = [self._endless(numbers, count) for numbers, count in strata]
@@ -71,7 +123,7 @@ class Order:
             ]
         )
         for _ in range(self.steps_per_epoch):
-            yield rows.take(torch.cat([next(order) for order in orders]), weight), 1.0 / self.steps_per_epoch
+            yield torch.cat([next(order) for order in orders]), weight, 1.0 / self.steps_per_epoch
 
     def _endless(self, numbers: Tensor, count: int) -> Iterator[Tensor]:
         """``count`` rows at a time, shuffled anew whenever the stratum is exhausted."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,10 +26,12 @@ from pyro_lvm.evaluation import fresh_seed
 from pyro_lvm.guides import GuideKind
 from pyro_lvm.inference.alternate import Alternate, alternation, require_alternate
 from pyro_lvm.inference.bound import mean_elbo
+from pyro_lvm.inference.checkpoint import Resume, checkpoints_of, require_same
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.epochs import Order, strata_of
 from pyro_lvm.inference.iterations import surroundings
 from pyro_lvm.inference.loop import Loop, Watch
+from pyro_lvm.inference.made_with import made_with
 from pyro_lvm.inference.optimisation import make_optimizer
 from pyro_lvm.inference.prepare import Request, placed, prepare, reset, resolve
 from pyro_lvm.inference.progress import EpochEnd
@@ -65,6 +69,10 @@ def fit(
     autocast: torch.dtype | None = None,
     alternate: Alternate | None = None,
     amortized: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: Resume = "auto",
+    on_checkpoint_error: Literal["warn", "raise"] = "warn",
 ) -> Fit:
     r"""Fit a program to data by stochastic variational inference.
 
@@ -114,6 +122,15 @@ def fit(
         amortized: False frees a guide that computes its parameters from the data: each datum gets parameters of its
             own, of the same family, which start at what the guide says and belong to the fit: the guide's modules do
             not move. `amortization_gap` reports what that gains. None and True leave the guide as it is.
+        checkpoint: a folder for checkpoints, of which the last two are kept. The call, repeated in any process, goes
+            on from the last one and ends where the undisturbed fit ends, to the bit. SIGTERM writes one more and
+            exits with status 143.
+        checkpoint_every: steps from one to the next; None for every epoch, or every hundredth of the run where that
+            is longer.
+        resume: "auto" goes on from the last checkpoint if there is one; True raises where there is none; False where
+            there is one.
+        on_checkpoint_error: "warn" trains on where a checkpoint cannot be written (a full disk), "raise" ends the
+            fit. A folder that cannot be written to from the beginning is an error before the first step.
 
     Returns:
         A `Fit`. Modules are trained in place; the record keeps a snapshot of its own.
@@ -124,9 +141,12 @@ def fit(
         TypeError: if an argument is of another kind than described (before any step). After each of these the modules
             are as they were.
         NonFiniteError: if the loss became NaN or infinite; the last finite parameters are restored.
+        StorageError: if the folder of checkpoints is another fit's, or cannot be used.
 
     Warns:
-        ProgramWarning: if the program may mean what it says, but seldom does (before any step).
+        ProgramWarning: if the program may mean what it says, but seldom does (before any step); if a checkpoint was
+            written with other versions of libraries.
+        RuntimeWarning: if a checkpoint cannot be written, or the last one is damaged and the one before it is used.
 
     Units: ``fit.elbo`` and the parts in ``fit.history`` are nats per datum; ``history["loss"]`` is nats of the whole
     data set.
@@ -148,7 +168,11 @@ def fit(
     if amortized not in (None, True, False):
         raise TypeError(f"amortized is {amortized!r}: it must be True, False or None")
     resolved, recipe = resolve(program, guide)
-    seed = fresh_seed() if seed is None else seed
+    _require_positive("checkpoint_every", checkpoint_every, whole=True)
+    checkpoints = checkpoints_of(checkpoint, checkpoint_every, resume, on_checkpoint_error)
+    found = None if checkpoints is None else checkpoints.latest()
+    if seed is None:
+        seed = fresh_seed() if found is None else found["made"]["seed"]
     initialisation, ordering, noise, evaluation = _streams(seed)
     rows, held_out = _rows(data, validation, batch_size, ordering, require_missing(missing))
     stopping = _stopping(early_stopping, held_out)
@@ -182,19 +206,54 @@ def fit(
                 total_steps=total_steps,
                 has_network=prepared.bound.has_network(),
             )
+            loop = Loop(
+                prepared,
+                order,
+                torch_optimizer,
+                schedule,
+                parameters,
+                grad_clip_norm,
+                total_steps,
+                level,
+                autocast,
+                turns,
+            )
+            if checkpoints is not None:
+                settings = {
+                    "program": resolved.name,
+                    "guide": _guide_in_words(recipe, resolved.guide, amortized),
+                    "seed": seed,
+                    "batch_size": batch_size,
+                    "optimizer": described,
+                    "grad_clip_norm": grad_clip_norm,
+                    "early_stopping": repr(stopping),
+                    "capture": capture,
+                    "autocast": None if autocast is None else str(autocast),
+                    "missing": missing,
+                }
+                made = settings | made_with(loop, held_out)
+                if found is not None:
+                    require_same(checkpoints.folder, found["made"], made)
+                    loop.load_state(found)
+                checkpoints.begin(made, total_steps, order.steps_per_epoch)
     except BaseException:
         untouched.restore()
         raise
     del untouched
-    loop = Loop(
-        prepared, order, torch_optimizer, schedule, parameters, grad_clip_norm, total_steps, level, autocast, turns
-    )
     watch = Watch(watching, stopping, held_out, evaluation, progress)
     with isolated(noise, validate=False):
-        stopped = loop.run(watch)
+        with checkpoints.held() if checkpoints is not None else nullcontext():
+            stopped = loop.run(watch, checkpoints)
         if turns is not None:
             turns.finish()
         evaluated = mean_elbo(prepared.bound, prepared.structure, rows, batch_size, evaluation)
+    if found is not None and loop.step.level != found["level"][0]:
+        warnings.warn(
+            f"the fit went on at level {loop.step.level!r} ({loop.step.reason}) from a checkpoint of level "
+            f"{found['level'][0]!r}: it ends in other digits than the undisturbed one",
+            ProgramWarning,
+            stacklevel=2,
+        )
     info = {
         "program": resolved.name,
         "guide": _guide_in_words(recipe, resolved.guide, amortized),
@@ -213,6 +272,8 @@ def fit(
         "steps": loop.steps_done,
         "seconds": time.perf_counter() - started,
         "stopped": stopped,
+        "checkpoint": None if checkpoints is None else str(checkpoints.folder),
+        "resumed_at": None if found is None else found["steps"],
         "elbo_se": evaluated.standard_error,
         "elbo_passes": evaluated.passes,
     } | surroundings(rows, cast)

@@ -54,6 +54,22 @@ class HistoryRecorder:
         """Epochs that are closed."""
         return len(self.columns["loss"]) + len(self._pending)
 
+    def state(self) -> dict[str, Any]:
+        """All of it, the running epoch included, as plain values and tensors."""
+        return {
+            "columns": self.columns,
+            "running": list(self._running.items()),
+            "shares": self._shares,
+            "pending": [list(sums.items()) for sums in self._pending],
+        }
+
+    def load_state(self, state: dict[str, Any], device: torch.device | None) -> None:
+        """Go on from what `state` gave; the record that others hold of the columns is filled in place."""
+        self.columns.clear()
+        self.columns.update(state["columns"])
+        self._running, self._shares = _sums(state["running"], device), state["shares"]
+        self._pending = [_sums(items, device) for items in state["pending"]]
+
     def flush(self) -> None:
         """Read the closed epochs out of the device, in one transfer.
 
@@ -86,6 +102,10 @@ class HistoryRecorder:
         }
         if wrong:
             raise non_finite(len(self.columns["loss"]) + 1, ", ".join(wrong))
+
+
+def _sums(items: Any, device: torch.device | None) -> dict[tuple[Column, ...], Tensor]:
+    return {columns: values.to(device) for columns, values in items}
 
 
 def non_finite(epoch: int, what: str) -> NonFiniteError:

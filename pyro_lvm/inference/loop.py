@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,13 +16,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_lvm.capture.graph import CapturedStep, Level
+from pyro_lvm.capture.guards import numbers_of
 from pyro_lvm.capture.step import Step
 from pyro_lvm.data import Rows
-from pyro_lvm.errors import NonFiniteError, ProgramError
+from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
 from pyro_lvm.inference.alternate import Alternation
 from pyro_lvm.inference.bound import validation_elbo
+from pyro_lvm.inference.checkpoint import Checkpoints
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.epochs import Order
+from pyro_lvm.inference.generators import generator_state, going_on_from
 from pyro_lvm.inference.history import HistoryRecorder, non_finite
 from pyro_lvm.inference.optimisation import plateau_step
 from pyro_lvm.inference.prepare import Prepared
@@ -67,37 +71,27 @@ class Loop:
         self.step = CapturedStep(step, *level)
         self.optimizer, self.schedule, self.parameters = optimizer, schedule, parameters
         self.grad_clip_norm, self.total_steps = grad_clip_norm, total_steps
-        self.steps_done = 0
+        self.steps_done = self.epoch = self.batches_done = 0
+        self.stopped: str | None = None
+        self._generators: dict[str, Any] | None = None
         self.history = HistoryRecorder(len(order.rows))
         self.last_finite = prepared.bound.snapshot()
 
-    def run(self, watch: Watch) -> str:
-        """Train; the outcome in words.
+    def run(self, watch: Watch, checkpoints: Checkpoints | None = None) -> str:
+        """Train, from the first step or from where `load_state` has put it; the outcome in words.
 
         Raises:
             NonFiniteError: if a loss or a parameter became NaN or infinite; the last finite parameters are back.
             ProgramError: if a parameter turned up that the first call did not declare.
+            StorageError: if a checkpoint cannot be written, and that was to end the fit.
         """
-        bound = self.prepared.bound
-        epochs = -(-self.total_steps // self.order.steps_per_epoch)
-        every_epoch = bool(watch.stopping or watch.held_out or watch.callbacks) or isinstance(
-            self.schedule, ReduceLROnPlateau
-        )
-        readout = 1 if every_epoch else max(1, STEPS_BETWEEN_READOUTS // self.order.steps_per_epoch)
-        before = training_mode(bound.modules, True)
+        before = training_mode(self.prepared.bound.modules, True)
         try:
-            with Progress(epochs, watch.progress) as bar:
-                for epoch in range(epochs):
-                    with warnings.catch_warnings():
-                        # Pyro warns of each such loss; here the first one read out is an error
-                        warnings.filterwarnings("ignore", r"Encountered (NaN|\+?inf)", UserWarning)
-                        self._epoch(epoch)
-                    if (epoch + 1) % readout == 0 or epoch + 1 == epochs:
-                        self._read_out()
-                        stop = self._watched(watch, epoch)
-                        bar.show(epoch + 1, self.history.columns)
-                        if stop:
-                            return f"early stopping after {epoch + 1} epochs"
+            with going_on_from(self._generators):
+                if self.stopped is None:
+                    self.stopped = self._train(watch, checkpoints)
+                    if checkpoints is not None:
+                        checkpoints.save(self.state())
         except KeyboardInterrupt:
             self.history.abandon_epoch()
             self._read_out()
@@ -107,10 +101,31 @@ class Loop:
         finally:
             restore_mode(before)
             self.optimizer.zero_grad(set_to_none=True)
+        return self.stopped
+
+    def _train(self, watch: Watch, checkpoints: Checkpoints | None) -> str:
+        epochs = -(-self.total_steps // self.order.steps_per_epoch)
+        every_epoch = bool(watch.stopping or watch.held_out or watch.callbacks) or isinstance(
+            self.schedule, ReduceLROnPlateau
+        )
+        readout = 1 if every_epoch else max(1, STEPS_BETWEEN_READOUTS // self.order.steps_per_epoch)
+        with Progress(epochs, watch.progress) as bar:
+            for epoch in range(self.epoch, epochs):
+                with warnings.catch_warnings():
+                    # Pyro warns of each such loss; here the first one read out is an error
+                    warnings.filterwarnings("ignore", r"Encountered (NaN|\+?inf)", UserWarning)
+                    self._epoch(epoch, checkpoints)
+                if (epoch + 1) % readout == 0 or epoch + 1 == epochs:
+                    self._read_out()
+                    stop = self._watched(watch, epoch)
+                    bar.show(epoch + 1, self.history.columns)
+                    if stop:
+                        return f"early stopping after {epoch + 1} epochs"
         return "finished"
 
-    def _epoch(self, number: int) -> None:
-        for batch, share in self.order.epoch(number):
+    def _epoch(self, number: int, checkpoints: Checkpoints | None) -> None:
+        left = self.total_steps - self.steps_done
+        for batch, share in islice(self.order.epoch(number, self.batches_done), left):
             if self.alternation is not None:
                 self._exact_e_step(self.alternation)
             self.prepared.estimator.advance(self.steps_done / max(self.total_steps - 1, 1))
@@ -123,12 +138,66 @@ class Loop:
             if self.schedule is not None and not isinstance(self.schedule, ReduceLROnPlateau):
                 self.schedule.step()
             self.steps_done += 1
+            self.batches_done += 1
             self.history.add_step(result, share)
             if self.alternation is not None:
                 self.alternation.end_step(result)
-            if self.steps_done == self.total_steps:
-                break
+            if checkpoints is not None and checkpoints.due(self.steps_done):
+                self._read_out_parameters()
+                checkpoints.save(self.state())
         self.history.end_epoch()
+        self.epoch, self.batches_done = number + 1, 0
+
+    def state(self) -> dict[str, Any]:
+        """All that decides how training goes on, as plain values and tensors."""
+        return {
+            "steps": self.steps_done,
+            "epoch": self.epoch,
+            "batches": self.batches_done,
+            "stopped": self.stopped,
+            "tensors": dict(self.prepared.bound.tensors()),
+            "estimator": list(self.prepared.estimator.tensors()),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "order": self.order.state(),
+            "generators": generator_state(),
+            "history": self.history.state(),
+            "alternation": None if self.alternation is None else self.alternation.state(),
+            "level": (self.step.level, self.step.reason),
+            "numbers": self._numbers(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave, in this or in another process."""
+        self.steps_done, self.epoch, self.batches_done = state["steps"], state["epoch"], state["batches"]
+        self.stopped, self._generators = state["stopped"], state["generators"]
+        device = self.order.rows.device
+        self.prepared.bound.load(state["tensors"])
+        with torch.no_grad():
+            for tensor, value in zip(self.prepared.estimator.tensors(), state["estimator"], strict=True):
+                tensor.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.order.load_state(state["order"])
+        self.history.load_state(state["history"], device)
+        if self.alternation is not None:
+            self.alternation.load_state(state["alternation"], device)
+        # what was refused once would be refused on other rows or not at all: the level is that of the first step
+        self.step.level, self.step.reason = state["level"]
+        self.last_finite = self.prepared.bound.snapshot()
+        numbers = self._numbers()
+        for path, value in state["numbers"].items():
+            if repr(numbers.get(path)) != repr(value):
+                warnings.warn(
+                    f"{path} was {value} when the checkpoint was written and is {numbers.get(path)} now: set it before "
+                    "the fit, unless the program does not depend on it",
+                    ProgramWarning,
+                    stacklevel=3,
+                )
+
+    def _numbers(self) -> dict[str, float]:
+        return numbers_of(self.prepared.bound.program, self.prepared.auxiliary_loss)
 
     def _exact_e_step(self, alternation: Alternation) -> None:
         try:
@@ -149,17 +218,22 @@ class Loop:
 
     def _read_out(self) -> None:
         """Read the losses; see that all is finite and that nothing is left untrained."""
-        bound = self.prepared.bound
-        snapshot = bound.snapshot()
         try:
             self.history.flush()
-            wrong = self._not_finite()
-            if wrong:
-                # a finite loss may have an infinite gradient, and would be known to have only after the next step
-                raise non_finite(self.history.epochs, f"parameter {', '.join(wrong)}")
         except NonFiniteError:
-            bound.load(self.last_finite)
+            self.prepared.bound.load(self.last_finite)
             raise
+        self._read_out_parameters()
+
+    def _read_out_parameters(self) -> None:
+        """See that all parameters are finite and none is left untrained; keep them to fall back on."""
+        bound = self.prepared.bound
+        snapshot = bound.snapshot()
+        wrong = self._not_finite()
+        if wrong:
+            # a finite loss may have an infinite gradient, and would be known to have only after the next step
+            bound.load(self.last_finite)
+            raise non_finite(self.history.epochs, f"parameter {', '.join(wrong)}")
         late = [name for name in bound.trainable() if name not in self.last_finite]
         if late:
             raise ProgramError(

@@ -21,7 +21,7 @@ def pack(tree: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
     """Split a tree into what JSON can say and the tensors in it.
 
     Args:
-        tree: None, numbers, strings, tensors, NumPy arrays; lists, tuples, mappings and counters of such.
+        tree: None, numbers, strings, tensors; lists, tuples, mappings and counters of such.
         name: what the tree is called, in the names of its tensors and in errors.
 
     Returns:
@@ -47,13 +47,12 @@ def _packed(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tree = tree.item()
     if type(tree) in _PLAIN:
         return tree
-    if isinstance(tree, Tensor | np.ndarray):
+    if isinstance(tree, Tensor):
         while path in tensors:  # a dotted key beside a nested one
             path += "'"
         # a copy: files of safetensors hold no views, and training goes on while they are written
-        value = torch.as_tensor(tree).detach()
-        tensors[path] = torch.empty(value.shape, dtype=value.dtype).copy_(value)
-        return {"$array" if isinstance(tree, np.ndarray) else "$tensor": path}
+        tensors[path] = torch.empty(tree.shape, dtype=tree.dtype).copy_(tree.detach())
+        return {"$tensor": path}
     if isinstance(tree, Mapping):
         items = [
             [_packed(key, f"{path}.keys()", tensors), _packed(v, f"{path}.{key}", tensors)] for key, v in tree.items()
@@ -73,7 +72,7 @@ def _packed(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The tree that `pack` split; tuples come back as tuples, arrays as arrays.
+    """The tree that `pack` split; tuples come back as tuples.
 
     Raises:
         StorageError: if a tensor is missing, or a mark is not known.
@@ -86,10 +85,10 @@ def unpack(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not marks:
         return {key: unpack(value, tensors) for key, value in plain.items()}
     kind, content = next(iter(plain.items()))
-    if len(plain) == 1 and kind in ("$tensor", "$array"):
+    if len(plain) == 1 and kind == "$tensor":
         if not isinstance(content, str) or content not in tensors:
             raise StorageError(f"tensor {content!r} is missing")
-        return tensors[content] if kind == "$tensor" else tensors[content].numpy()
+        return tensors[content]
     if len(plain) == 1 and kind == "$tuple" and isinstance(content, list):
         return tuple(unpack(value, tensors) for value in content)
     if len(plain) == 1 and kind in ("$items", "$counter") and isinstance(content, list):

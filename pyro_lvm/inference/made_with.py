@@ -1,0 +1,50 @@
+"""What a fit is made with, in plain values: enough to know it again, or to see that it is another."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_lvm.data import Rows
+from pyro_lvm.inference.loop import Loop
+from pyro_lvm.storage.files import digest
+
+__all__ = ["made_with"]
+
+LOOKED_AT = 256
+"""Rows, spread over all, whose bytes tell one data set from another."""
+
+
+def made_with(loop: Loop, held_out: Rows | None) -> dict[str, Any]:
+    """The data, the parameters' shapes, the estimator and the surroundings of a fit that is about to begin."""
+    rows, bound = loop.order.rows, loop.prepared.bound
+    return {
+        "data": _told_apart(rows),
+        "validation": None if held_out is None else _told_apart(held_out),
+        "n": len(rows),
+        "total_steps": loop.total_steps,
+        "steps_per_epoch": loop.order.steps_per_epoch,
+        "estimator": repr(loop.prepared.estimator),
+        "alternate": None if loop.alternation is None else loop.alternation.described,
+        "tensors": {name: f"{t.dtype} {tuple(t.shape)}" for name, t in bound.tensors()},
+        "surroundings": {
+            **{name: version(name) for name in ("torch", "pyro-ppl", "pyro-lvm")},
+            "processor": platform.machine(),
+            "device": str(rows.device),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _told_apart(rows: Rows) -> str:
+    """A digest of some rows of arrays; of what may draw its rows anew only the number can be told."""
+    arrays = (*rows.args, *rows.kwargs.values())
+    if not arrays or not all(isinstance(array, Tensor | np.ndarray) for array in arrays):
+        return f"{len(rows)} rows"
+    batch = rows.take(torch.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).long().unique())
+    return digest(f"{len(rows)}", {name: value.detach().cpu() for name, value in batch.tensors().items()})
