@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -52,9 +52,9 @@ __all__ = ["SVIModule"]
 
 
 class RowNumbers(NamedTuple):
-    """What one rank takes in one step: row numbers, and the factor of its loss, :math:`R |S_r| / \\sum_q |S_q|`."""
+    """What one rank takes in one step: row numbers, and the factor of its loss."""
 
-    index: Tensor
+    rows: Tensor
     share: float
 
 
@@ -98,7 +98,7 @@ class SVIModule(pl.LightningModule):
         >>> x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
         >>> module = SVIModule(lvm.PPCA(num_features=3, latent_dim=1), data=x, batch_size=25, seed=0)
         >>> sorted(module.state_dict())[:2]
-        ['_standard_guide_loc', '_standard_guide_scale']
+        ['_standard_guide_weight', '_standard_loadings']
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class SVIModule(pl.LightningModule):
         self.program, self.batch_size, self.total_steps = program, batch_size, total_steps
         self.seed = fresh_seed() if seed is None else seed
         self.recorded: dict[str, Any] = {"devices": 1, "strategy": None, "optimizer": None, "stopped": "not trained"}
-        self._asked = {"optimizer": optimizer, "lr": lr, "scheduler": scheduler}
+        self._asked: dict[str, Any] = {"optimizer": optimizer, "lr": lr, "scheduler": scheduler}
         resolved, recipe = resolve(program, guide)
         initialisation = streams(self.seed)[0]
         untouched = Untouched(resolved.modules.values())
@@ -207,7 +207,7 @@ class SVIModule(pl.LightningModule):
         """The loss per datum of this rank's rows, times their share; backward is Lightning's."""
         rows, world = self._rows_now, self.trainer.world_size
         if isinstance(batch, RowNumbers):
-            taken, share = rows.take(batch.index.cpu()), batch.share
+            taken, share = rows.take(batch.rows.cpu()), batch.share
         else:
             taken, share = rows.collated(batch), 1.0
             if world > 1:

@@ -1,6 +1,6 @@
 """One process of several: what `test_lightning.py` launches by torchrun. Rank 0 writes what was found.
 
-    torchrun --standalone --nproc-per-node 2 tests/process_of_several.py CASE BATCH_SIZE OUT
+torchrun --standalone --nproc-per-node 2 tests/process_of_several.py CASE BATCH_SIZE OUT
 """
 
 from __future__ import annotations
@@ -121,11 +121,13 @@ def train(case: str, batch_size: int | None, devices: int, epochs: int = 4) -> t
 
 def found(trainer: pl.Trainer, module: SVIModule) -> dict:
     seen = torch.tensor(getattr(module, "seen", [0.0]), dtype=torch.float64)
+    of_each_rank = torch.zeros(trainer.world_size, len(seen), dtype=torch.float64)
+    of_each_rank[trainer.global_rank] = seen
     return {
         "state": module.state_dict(),
         "history": module.to_fit().history,
         "steps": trainer.global_step,
-        "seen": trainer.strategy.all_gather(seen).reshape(trainer.world_size, -1),
+        "seen": trainer.strategy.reduce(of_each_rank, reduce_op="sum"),
         "left in the store": list(pyro.get_param_store()),
     }
 
