@@ -94,11 +94,14 @@ class Rows:
     def batches(self, batch_size: int | None) -> Iterator[Batch]:
         """All rows in their own order, ``batch_size`` at a time (None: all at once)."""
         if self.loader is not None:
-            for item in self.loader:
-                yield self._batch(*_split(item), None, None)
+            yield from map(self.collated, self.loader)
             return
         for start in range(0, self.size, batch_size or self.size):
             yield self.take(torch.arange(start, min(start + (batch_size or self.size), self.size)))
+
+    def collated(self, item: Any) -> Batch:
+        """The batch that ``item`` of a loader is."""
+        return self._batch(*_split(item), None, None)
 
     def first(self, count: int) -> Batch:
         """The first batch: ``count`` rows, or what a loader's first batch holds."""

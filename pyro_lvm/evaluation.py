@@ -18,7 +18,7 @@ from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import Program, as_program, floating_dtype
 from pyro_lvm.structure import Structure
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "fresh_seed", "streams"]
 
 
 @dataclass(frozen=True)
@@ -112,3 +112,9 @@ def batch_to_trace(program: Program, rows: Rows) -> int:
 def fresh_seed() -> int:
     """A seed from the system's entropy; the process's random state is not asked."""
     return int(torch.Generator().seed() % 2**32)
+
+
+def streams(seed: int) -> list[int]:
+    """Independent seeds for initialisation, order, noise and evaluation."""
+    generator = torch.Generator().manual_seed(seed)
+    return [int(s) for s in torch.randint(2**31, (4,), generator=generator)]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from pyro_lvm.capture.hardware import multiplied_in
 from pyro_lvm.data import Batch
 from pyro_lvm.elbo.estimator import Estimator
+from pyro_lvm.elbo.terms import Terms
 from pyro_lvm.parameters import BoundProgram
 
-__all__ = ["Column", "Step", "StepResult"]
+__all__ = ["Column", "Step", "StepResult", "told"]
 
 Column = tuple[str, str]
 """A number of every step: ("loss", ""), ("reconstruction", site), ("kl", site) or ("auxiliary_loss", "")."""
@@ -61,10 +62,15 @@ class Step:
         with multiplied_in(self.autocast, self.parameters[0].device):
             auxiliary = None if self.auxiliary_loss is None else self.auxiliary_loss(*batch.args, **batch.named())
             loss, terms = self.estimator.step(self.bound, batch, self.parameters, auxiliary, self.size)
-        named: dict[Column, Any] = {("loss", ""): loss}
-        named |= {("reconstruction", site): value for site, value in terms.reconstruction.items()}
-        named |= {("kl", site): value for site, value in terms.kl.items()}
-        if auxiliary is not None:
-            named["auxiliary_loss", ""] = auxiliary.detach()
-        values = torch.stack([value.detach().double().reshape(()) for value in named.values()])
-        return StepResult(tuple(named), values)
+        return told(loss, terms, auxiliary)
+
+
+def told(loss: Tensor, terms: Terms, auxiliary: Tensor | None) -> StepResult:
+    """The numbers of a step, side by side."""
+    named: dict[Column, Any] = {("loss", ""): loss}
+    named |= {("reconstruction", site): value for site, value in terms.reconstruction.items()}
+    named |= {("kl", site): value for site, value in terms.kl.items()}
+    if auxiliary is not None:
+        named["auxiliary_loss", ""] = auxiliary.detach()
+    values = torch.stack([value.detach().double().reshape(()) for value in named.values()])
+    return StepResult(tuple(named), values)

@@ -136,31 +136,58 @@ class Estimator:
         Returns:
             The estimator's own loss, nats of the whole data set, and the plain bound's parts.
         """
-        model, guide, arguments = bound.model, bound.guide, batch.named()
+        if self.differentiable:
+            objective, loss, terms = self.objective(bound, batch, extra, size)
+            if objective.requires_grad:
+                objective.backward()
+            return loss, terms
+        # RenyiELBO takes its own gradients, where its traces show a parameter
         self._traces.clear()
-        differentiable: Tensor | None = None
-        terms: Terms | None = None
-        if isinstance(self.elbo, Objective):
-            found = self.elbo.estimate(model, guide, batch.args, arguments)
-            loss, differentiable, terms = found.loss, found.surrogate, found.terms
-        elif isinstance(self.elbo, TraceGraph_ELBO):
-            value, differentiable = self.elbo._loss_and_surrogate_loss(model, guide, batch.args, arguments)
-            loss = -value  # despite its name Pyro's function gives the bound
-        elif hasattr(self.elbo, "differentiable_loss"):
-            loss = differentiable = self.elbo.differentiable_loss(model, guide, *batch.args, **arguments)
-        else:  # RenyiELBO takes its own gradients, where its traces show a parameter
-            loss = self.elbo.loss_and_grads(_marked(model), guide, *batch.args, **arguments)
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.div_(size)
-        terms = terms or read_terms(self.elbo, self._traces, differentiable)
-        if differentiable is not None:
-            per_datum = differentiable / size
-            extra = per_datum if extra is None else per_datum + extra
+        value = self.elbo.loss_and_grads(_marked(bound.model), bound.guide, *batch.args, **batch.named())
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(size)
+        terms = read_terms(self.elbo, self._traces, None)
         if extra is not None and extra.requires_grad:
             extra.backward()
         self._traces.clear()
-        return _as_tensor(loss, terms), terms.map(Tensor.detach)
+        return _as_tensor(value, terms), terms.map(Tensor.detach)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether there is an `objective` to differentiate; `RenyiELBO` takes its own gradients."""
+        return isinstance(self.elbo, Objective | TraceGraph_ELBO) or hasattr(self.elbo, "differentiable_loss")
+
+    def objective(
+        self, bound: BoundProgram, batch: Batch, extra: Tensor | None, size: int
+    ) -> tuple[Tensor, Tensor, Terms]:
+        """What `step` differentiates, for whoever calls backward himself; only where `differentiable`.
+
+        Args:
+            bound: the program and its parameters.
+            batch: the data.
+            extra: a further loss, nats per datum, or None.
+            size: rows in the whole data set.
+
+        Returns:
+            A tensor of shape () whose gradient is that of the loss per datum plus ``extra`` (its value may mean
+            nothing), the estimator's own loss, nats of the whole data set, and the plain bound's parts.
+        """
+        model, guide, arguments = bound.model, bound.guide, batch.named()
+        self._traces.clear()
+        terms: Terms | None = None
+        if isinstance(self.elbo, Objective):
+            found = self.elbo.estimate(model, guide, batch.args, arguments)
+            loss, surrogate, terms = found.loss, found.surrogate, found.terms
+        elif isinstance(self.elbo, TraceGraph_ELBO):
+            value, surrogate = self.elbo._loss_and_surrogate_loss(model, guide, batch.args, arguments)
+            loss = -value  # despite its name Pyro's function gives the bound
+        else:
+            loss = surrogate = self.elbo.differentiable_loss(model, guide, *batch.args, **arguments)
+        terms = terms or read_terms(self.elbo, self._traces, surrogate)
+        self._traces.clear()
+        per_datum = surrogate / size
+        return per_datum if extra is None else per_datum + extra, _as_tensor(loss, terms), terms.map(Tensor.detach)
 
     def evaluate(self, bound: BoundProgram, batch: Batch) -> tuple[Tensor, Terms]:
         """The loss (nats of the whole data set) and the plain bound's parts on ``batch``; gradients are left alone."""

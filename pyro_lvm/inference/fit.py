@@ -22,7 +22,7 @@ from pyro_lvm.capture.hardware import require_autocast, require_cuda_graph
 from pyro_lvm.data import Rows, as_rows
 from pyro_lvm.elbo.estimator import Estimator
 from pyro_lvm.errors import ProgramWarning
-from pyro_lvm.evaluation import fresh_seed
+from pyro_lvm.evaluation import fresh_seed, streams
 from pyro_lvm.guides import GuideKind
 from pyro_lvm.inference.alternate import Alternate, alternation, require_alternate
 from pyro_lvm.inference.bound import mean_elbo
@@ -33,7 +33,7 @@ from pyro_lvm.inference.iterations import surroundings
 from pyro_lvm.inference.loop import Loop, Watch
 from pyro_lvm.inference.made_with import made_with
 from pyro_lvm.inference.optimisation import make_optimizer
-from pyro_lvm.inference.prepare import Request, placed, prepare, reset, resolve
+from pyro_lvm.inference.prepare import Request, guide_in_words, placed, prepare, reset, resolve
 from pyro_lvm.inference.progress import EpochEnd
 from pyro_lvm.inference.record import Fit
 from pyro_lvm.missing import marginalizing, require_missing
@@ -173,7 +173,7 @@ def fit(
     found = None if checkpoints is None else checkpoints.latest()
     if seed is None:
         seed = fresh_seed() if found is None else found["made"]["seed"]
-    initialisation, ordering, noise, evaluation = _streams(seed)
+    initialisation, ordering, noise, evaluation = streams(seed)
     rows, held_out = _rows(data, validation, batch_size, ordering, require_missing(missing))
     stopping = _stopping(early_stopping, held_out)
     untouched = Untouched(resolved.modules.values())
@@ -221,7 +221,7 @@ def fit(
             if checkpoints is not None:
                 settings = {
                     "program": resolved.name,
-                    "guide": _guide_in_words(recipe, resolved.guide, amortized),
+                    "guide": guide_in_words(recipe, resolved.guide, amortized),
                     "seed": seed,
                     "batch_size": batch_size,
                     "optimizer": described,
@@ -256,7 +256,7 @@ def fit(
         )
     info = {
         "program": resolved.name,
-        "guide": _guide_in_words(recipe, resolved.guide, amortized),
+        "guide": guide_in_words(recipe, resolved.guide, amortized),
         "estimator": repr(prepared.estimator),
         "estimator_reason": prepared.estimator.reason,
         "capture": loop.step.level,
@@ -316,12 +316,6 @@ def _callbacks(callbacks: Any) -> tuple[Callable[[EpochEnd], Any], ...]:
     return listed
 
 
-def _streams(seed: int) -> list[int]:
-    """Independent seeds for initialisation, order, noise and evaluation."""
-    generator = torch.Generator().manual_seed(seed)
-    return [int(s) for s in torch.randint(2**31, (4,), generator=generator)]
-
-
 def _rows(data: Any, validation: Any, batch_size: int | None, seed: int, missing: bool) -> tuple[Rows, Rows | None]:
     """The rows to train on, and those held out."""
     rows = as_rows(data, missing=missing)
@@ -353,11 +347,3 @@ def _require_arrival(stopping: EarlyStopping | None, estimator: Estimator) -> No
             f"early_stopping waits until {estimator!r} has arrived at what it ends with, which is at the last step: "
             "let the schedule arrive before the end (until=0.5), or drop early_stopping"
         )
-
-
-def _guide_in_words(recipe: Any, guide: Any, amortized: bool | None) -> str:
-    if recipe is not None:
-        return recipe if isinstance(recipe, str) else str(recipe.__name__)
-    if guide is None:
-        return "mean_field"
-    return "per datum" if amortized is False else "given"

@@ -26,7 +26,17 @@ from pyro_lvm.preflight.trial import try_estimator
 from pyro_lvm.program import Program, as_program, floating_dtype, row_keywords
 from pyro_lvm.structure import Structure
 
-__all__ = ["Prepared", "Request", "initialize", "place", "placed", "prepare", "reset", "resolve"]
+__all__ = [
+    "Prepared",
+    "Request",
+    "guide_in_words",
+    "initialize",
+    "place",
+    "placed",
+    "prepare",
+    "reset",
+    "resolve",
+]
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,15 @@ def resolve(program: Any, guide: Any) -> tuple[Program, Any]:
     if not is_recipe(guide):
         return as_program(program, guide), None
     return replace(as_program(program), guide=None), guide
+
+
+def guide_in_words(recipe: Any, guide: Any, amortized: bool | None) -> str:
+    """What a record says of the guide."""
+    if recipe is not None:
+        return recipe if isinstance(recipe, str) else str(recipe.__name__)
+    if guide is None:
+        return "mean_field"
+    return "per datum" if amortized is False else "given"
 
 
 def placed(

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_lvm.errors import StorageError
 from pyro_lvm.storage.tree import pack, unpack
 
-__all__ = ["read_file", "read_tree", "write_file", "write_tree"]
+__all__ = ["digest", "read_file", "read_tree", "write_file", "write_tree"]
 
 _CONTENT, _DIGEST = "content", "sha256"
 
