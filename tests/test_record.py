@@ -12,6 +12,7 @@ import pytest
 import scipy.special
 import torch
 from pyro.infer import TraceEnum_ELBO
+from small_programs import rows
 from torch.distributions import constraints
 
 import pyro_lvm as lvm
@@ -190,3 +191,16 @@ def test_how_it_prints_and_compares(fitted):
 def test_no_draws_are_refused(labelled, method, argument):
     with pytest.raises(ValueError, match=f"{argument} is 0: ask for at least 1"):
         getattr(labelled, method)(X, **{argument: 0})
+
+
+def test_the_record_can_make_the_run_again():
+    def fitted(**options):
+        torch.manual_seed(5)
+        return lvm.fit(lvm.PPCA(3, 1), rows(), **options)
+
+    first = fitted(epochs=3, batch_size=16, grad_clip_norm=1.0, validation=0.2, optimizer=torch.optim.SGD, lr=1e-4)
+    assert first.info["objects"] == {"optimizer": "torch.optim.sgd.SGD"}
+    again = fitted(**first.info["arguments"], optimizer=torch.optim.SGD)
+    assert first.history == again.history
+    assert all(torch.equal(value, again.params[name]) for name, value in first.params.items())
+    assert again.info["arguments"] == first.info["arguments"]

@@ -31,7 +31,7 @@ from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.epochs import Order, strata_of
 from pyro_lvm.inference.iterations import surroundings
 from pyro_lvm.inference.loop import Loop, Watch
-from pyro_lvm.inference.made_with import made_with
+from pyro_lvm.inference.made_with import arguments_of, made_with
 from pyro_lvm.inference.optimisation import make_optimizer
 from pyro_lvm.inference.prepare import Request, guide_in_words, placed, prepare, reset, resolve
 from pyro_lvm.inference.progress import EpochEnd
@@ -158,6 +158,7 @@ def fit(
         >>> len(fit.history["elbo"])
         20
     """
+    given = dict(locals())
     started = time.perf_counter()
     _require_one_length(epochs, steps)
     for name, count in (("epochs", epochs), ("steps", steps), ("batch_size", batch_size)):
@@ -276,7 +277,8 @@ def fit(
         "resumed_at": None if found is None else found["steps"],
         "elbo_se": evaluated.standard_error,
         "elbo_passes": evaluated.passes,
-    } | surroundings(rows, cast)
+    }
+    info |= arguments_of(given, seed) | surroundings(rows, cast)
     return Fit(
         program=program,
         params=prepared.bound.constrained(),

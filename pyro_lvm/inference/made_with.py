@@ -14,7 +14,13 @@ from pyro_lvm.data import Rows
 from pyro_lvm.inference.loop import Loop
 from pyro_lvm.storage.files import digest
 
-__all__ = ["made_with"]
+__all__ = ["arguments_of", "made_with"]
+
+NO_MATTER = (
+    *("program", "data", "callbacks", "progress"),
+    *("checkpoint", "checkpoint_every", "resume", "on_checkpoint_error"),
+)
+"""Arguments of `fit` that are handed over anew, or decide nothing of what it finds."""
 
 LOOKED_AT = 256
 """Rows, spread over all, whose bytes tell one data set from another."""
@@ -39,6 +45,25 @@ def made_with(loop: Loop, held_out: Rows | None) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def arguments_of(given: dict[str, Any], seed: int) -> dict[str, dict[str, Any]]:
+    """The arguments of a call as its record says them: plain ones as they are, others as they show themselves."""
+    matter = {name: value for name, value in given.items() if name not in NO_MATTER}
+    plain = {name: value for name, value in matter.items() if _is_plain(value)} | {"seed": seed}
+    return {"arguments": plain, "objects": {name: _shown(value) for name, value in matter.items() if name not in plain}}
+
+
+def _shown(value: Any) -> str:
+    """An object in words that hold no address."""
+    named = getattr(value, "__qualname__", None)
+    return f"{value.__module__}.{named}" if named else type(value).__name__ if " at 0x" in repr(value) else repr(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | None)
 
 
 def _told_apart(rows: Rows) -> str:

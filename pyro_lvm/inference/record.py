@@ -41,7 +41,9 @@ class Fit:
             datum; ``elbo`` is the sum of the first minus the sum of the second).
         elbo: the plain evidence lower bound at the end, nats per datum of the whole data set, whatever was optimised;
             its standard error is ``info["elbo_se"]``.
-        info: how it was made: seed, versions, estimator and why, optimiser, n, steps, seconds, outcome.
+        info: how it was made: seed, versions, estimator and why, optimiser, n, steps, seconds, outcome. With the same
+            data ``fit(program, data, **info["arguments"])`` makes the run again, once what ``info["objects"]`` names is
+            handed over too.
 
     Example:
         >>> import torch, pyro_lvm as lvm
