@@ -42,13 +42,13 @@ def main() -> None:
 
 def comparisons() -> dict[str, Callable[..., Iterator[Any]]]:
     """The comparisons by name."""
-    from benchmarks import eight_schools, em, growth, mixture, ppca, semi_supervised, vae
+    from benchmarks import checkpoints, eight_schools, em, growth, mixture, ppca, semi_supervised, vae
 
-    modules = (vae, semi_supervised, mixture, ppca, eight_schools, em, growth)
+    modules = (vae, semi_supervised, mixture, ppca, eight_schools, em, growth, checkpoints)
     return {module.__name__.rpartition(".")[2]: module.comparisons for module in modules}
 
 
-NAMES = ("vae", "semi_supervised", "mixture", "ppca", "eight_schools", "em", "growth", "memory")
+NAMES = ("vae", "semi_supervised", "mixture", "ppca", "eight_schools", "em", "growth", "checkpoints", "memory")
 
 
 def _arguments() -> argparse.Namespace:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-NAMES = ("vae", "semi_supervised", "mixture", "ppca", "eight_schools", "em", "growth")
+NAMES = ("vae", "semi_supervised", "mixture", "ppca", "eight_schools", "em", "growth", "checkpoints")
 
 
 @pytest.fixture
