@@ -308,7 +308,7 @@ class Exploding(nn.Module):
 @pytest.mark.parametrize("watch", [{}, {"callbacks": [lambda end: None]}])
 def test_a_loss_that_is_no_number_stops_the_fit_and_gives_the_last_parameters_back(watch):
     module = Exploding()
-    with process_left_alone(), pytest.raises(lvm.NonFiniteError, match=r"epoch \d+: loss.*smaller rate \(lr="):
+    with process_left_alone(), pytest.raises(lvm.NonFiniteError, match=r"step 7: loss became NaN.*smaller rate \(lr="):
         lvm.fit(module, data() + 3, steps=200, lr=0.1, seed=0, **watch)
     assert torch.isfinite(module.loc)
     assert module.training
@@ -317,9 +317,9 @@ def test_a_loss_that_is_no_number_stops_the_fit_and_gives_the_last_parameters_ba
 
 
 def test_a_gradient_that_is_no_number_is_seen_though_the_loss_is_finite():
-    """sqrt(0) has a value and no slope: the last step would leave NaN where nobody looks."""
+    """sqrt(0) has a value and no slope: the step would leave NaN where nobody looks."""
     module = Exploding(lambda self, x: 1.0 + torch.sqrt(torch.zeros_like(self.loc) * self.loc))
-    with pytest.raises(lvm.NonFiniteError, match="parameter loc became NaN"):
+    with pytest.raises(lvm.NonFiniteError, match="step 1: the gradient of parameter loc became NaN"):
         lvm.fit(module, data(), steps=1, seed=0)
     assert module.loc.item() == 0.0
 

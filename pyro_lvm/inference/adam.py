@@ -55,6 +55,7 @@ class FusedAdam(torch.optim.Adam):
                 return value
             self._lists = self._shared(parameters)
         tensors, means, squares, steps = self._lists
+        found = getattr(self, "found_inf", None)  # torch's name for a flag on the device that masks the step
         steps[0].add_(1)
         group = self.param_groups[0]
         fused: Any = torch._fused_adam_
@@ -72,7 +73,10 @@ class FusedAdam(torch.optim.Adam):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
+            found_inf=found,
         )
+        if found is not None:
+            steps[0].sub_(found)
         return None
 
     step.hooked = True  # type: ignore[attr-defined]  # torch would wrap it for its profiler, at a cost

@@ -29,6 +29,7 @@ from pyro_lvm.inference.bound import mean_elbo
 from pyro_lvm.inference.checkpoint import Resume, checkpoints_of, require_same
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.epochs import Order, strata_of
+from pyro_lvm.inference.guard import OnNonFinite, require_on_nonfinite
 from pyro_lvm.inference.iterations import surroundings
 from pyro_lvm.inference.loop import Loop, Watch
 from pyro_lvm.inference.made_with import arguments_of, made_with
@@ -73,6 +74,7 @@ def fit(
     checkpoint_every: int | None = None,
     resume: Resume = "auto",
     on_checkpoint_error: Literal["warn", "raise"] = "warn",
+    on_nonfinite: OnNonFinite = "raise",
 ) -> Fit:
     r"""Fit a program to data by stochastic variational inference.
 
@@ -131,6 +133,10 @@ def fit(
             there is one.
         on_checkpoint_error: "warn" trains on where a checkpoint cannot be written (a full disk), "raise" ends the
             fit. A folder that cannot be written to from the beginning is an error before the first step.
+        on_nonfinite: what becomes of a step whose loss or gradient is NaN or infinite; it never reaches a parameter.
+            "raise" ends the fit with the sites it came from; "skip" leaves the step out and counts it in
+            ``history["skipped"]``; "restore" goes back to the last state that was read out, halves the rate and goes
+            on, at most ten times, or n times with ``("restore", n)``.
 
     Returns:
         A `Fit`. Modules are trained in place; the record keeps a snapshot of its own.
@@ -140,7 +146,8 @@ def fit(
         ValueError: if the data do not fit the program, or an argument is out of range (before any step).
         TypeError: if an argument is of another kind than described (before any step). After each of these the modules
             are as they were.
-        NonFiniteError: if the loss became NaN or infinite; the last finite parameters are restored.
+        NonFiniteError: if the loss, a gradient or a parameter became NaN or infinite, naming the step, the sites and
+            their arguments; the parameters are those of the last finite step.
         StorageError: if the folder of checkpoints is another fit's, or cannot be used.
 
     Warns:
@@ -166,6 +173,7 @@ def fit(
     _require_positive("grad_clip_norm", grad_clip_norm)
     watching = _callbacks(callbacks)
     alternate = require_alternate(alternate)
+    guarded = require_on_nonfinite(on_nonfinite)
     if amortized not in (None, True, False):
         raise TypeError(f"amortized is {amortized!r}: it must be True, False or None")
     resolved, recipe = resolve(program, guide)
@@ -218,6 +226,7 @@ def fit(
                 level,
                 autocast,
                 turns,
+                guarded,
             )
             if checkpoints is not None:
                 settings = {
@@ -231,6 +240,7 @@ def fit(
                     "capture": capture,
                     "autocast": None if autocast is None else str(autocast),
                     "missing": missing,
+                    "on_nonfinite": on_nonfinite,
                 }
                 made = settings | made_with(loop, held_out)
                 if found is not None:
@@ -273,6 +283,7 @@ def fit(
         "steps": loop.steps_done,
         "seconds": time.perf_counter() - started,
         "stopped": stopped,
+        "restores": loop.guard.restores,
         "checkpoint": None if checkpoints is None else str(checkpoints.folder),
         "resumed_at": None if found is None else found["steps"],
         "elbo_se": evaluated.standard_error,

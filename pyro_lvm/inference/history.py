@@ -21,7 +21,8 @@ class HistoryRecorder:
     `columns` is what users see as ``fit.history``: lists with one entry per epoch under ``loss`` (the estimator's
     own, nats of the whole data set), ``elbo`` (the plain bound, nats per datum), ``auxiliary_loss`` (nats per datum,
     where there is one), ``validation_elbo``, and dictionaries ``reconstruction`` and ``kl`` of such lists by site
-    (nats per datum). ``elbo`` equals the sum of ``reconstruction`` minus the sum of ``kl``.
+    (nats per datum); ``skipped`` counts steps left out because they were not finite. ``elbo`` equals the sum of
+    ``reconstruction`` minus the sum of ``kl``.
     """
 
     def __init__(self, size: int) -> None:
@@ -39,8 +40,16 @@ class HistoryRecorder:
         part = result.values * share
         self._running[result.columns] = part if before is None else before + part
 
-    def end_epoch(self) -> None:
-        """Close the running epoch."""
+    def end_epoch(self, left_out: int | None = None) -> None:
+        """Close the running epoch.
+
+        Args:
+            left_out: steps that were left out since the fit began, where the fit goes on without them. An epoch
+                without a step is NaN in every other column.
+        """
+        if left_out is not None:
+            skipped = self.columns.setdefault("skipped", [])
+            skipped.append(left_out - sum(skipped))
         # the last epoch of `steps` may be cut short, and a loader may drop rows: the mean is of what was seen
         self._pending.append({columns: values / self._shares for columns, values in self._running.items()})
         self.abandon_epoch()
@@ -78,9 +87,13 @@ class HistoryRecorder:
         """
         if not self._pending:
             return
-        numbers = iter(torch.cat([values for sums in self._pending for values in sums.values()]).tolist())
+        kept = [values for sums in self._pending for values in sums.values()]
+        numbers = iter(torch.cat(kept).tolist() if kept else [])
         epochs, self._pending = self._pending, []
         for sums in epochs:
+            if not sums:
+                self._leave_out()
+                continue
             values: dict[Column, float] = {}
             for columns in sums:
                 for column in columns:
@@ -92,9 +105,17 @@ class HistoryRecorder:
             self.columns["elbo"].append(elbo)
             for (group, site), value in values.items():
                 if site:
-                    self.columns[group].setdefault(site, []).append(value)
+                    before = [math.nan] * (len(self.columns["elbo"]) - 1)  # epochs without a step
+                    self.columns[group].setdefault(site, before).append(value)
                 else:
                     self.columns.setdefault(group, []).append(value)
+
+    def _leave_out(self) -> None:
+        """Note an epoch of which no step was taken."""
+        sites = [values for group in ("reconstruction", "kl") for values in self.columns[group].values()]
+        named = ("loss", "elbo", "auxiliary_loss")
+        for values in [*sites, *(self.columns[name] for name in named if name in self.columns)]:
+            values.append(math.nan)
 
     def _refuse_non_finite(self, values: dict[tuple[str, str], float]) -> None:
         wrong = {

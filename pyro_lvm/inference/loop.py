@@ -26,6 +26,7 @@ from pyro_lvm.inference.checkpoint import Checkpoints
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.epochs import Order
 from pyro_lvm.inference.generators import generator_state, going_on_from
+from pyro_lvm.inference.guard import Guard
 from pyro_lvm.inference.history import HistoryRecorder, non_finite
 from pyro_lvm.inference.optimisation import plateau_step
 from pyro_lvm.inference.prepare import Prepared
@@ -65,10 +66,12 @@ class Loop:
         level: tuple[Level, str],
         autocast: torch.dtype | None = None,
         alternation: Alternation | None = None,
+        on_nonfinite: tuple[str, int] = ("raise", 0),
     ) -> None:
         self.prepared, self.order, self.alternation = prepared, order, alternation
         step = Step(prepared.bound, prepared.estimator, prepared.auxiliary_loss, parameters, len(order.rows), autocast)
         self.step = CapturedStep(step, *level)
+        self.guard = Guard(step, optimizer, *on_nonfinite, order.rows.device)
         self.optimizer, self.schedule, self.parameters = optimizer, schedule, parameters
         self.grad_clip_norm, self.total_steps = grad_clip_norm, total_steps
         self.steps_done = self.epoch = self.batches_done = 0
@@ -129,23 +132,28 @@ class Loop:
             if self.alternation is not None:
                 self._exact_e_step(self.alternation)
             self.prepared.estimator.advance(self.steps_done / max(self.total_steps - 1, 1))
-            result = self.step(batch)
+            result = self.guard.take(self.steps_done, batch, self.step)
             if self.alternation is not None:
                 self.alternation.hold()
-            if self.grad_clip_norm is not None:
-                clip_grad_norm_(self.parameters, self.grad_clip_norm)
-            self.optimizer.step()
+            left_out = self.guard.look(result)
+            if not left_out:
+                if self.grad_clip_norm is not None:
+                    clip_grad_norm_(self.parameters, self.grad_clip_norm)
+                with self.guard.updating():
+                    self.optimizer.step()
             if self.schedule is not None and not isinstance(self.schedule, ReduceLROnPlateau):
                 self.schedule.step()
             self.steps_done += 1
             self.batches_done += 1
-            self.history.add_step(result, share)
-            if self.alternation is not None:
-                self.alternation.end_step(result)
+            if not left_out:
+                self.history.add_step(result, share)
+                if self.alternation is not None:
+                    self.alternation.end_step(result)
             if checkpoints is not None and checkpoints.due(self.steps_done):
+                self.guard.read()
                 self._read_out_parameters()
                 checkpoints.save(self.state())
-        self.history.end_epoch()
+        self.history.end_epoch(None if self.guard.mode == "raise" else self.guard.skipped + self.guard.restores)
         self.epoch, self.batches_done = number + 1, 0
 
     def state(self) -> dict[str, Any]:
@@ -165,6 +173,7 @@ class Loop:
             "alternation": None if self.alternation is None else self.alternation.state(),
             "level": (self.step.level, self.step.reason),
             "numbers": self._numbers(),
+            "guard": self.guard.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -186,6 +195,7 @@ class Loop:
         # what was refused once would be refused on other rows or not at all: the level is that of the first step
         self.step.level, self.step.reason = state["level"]
         self.last_finite = self.prepared.bound.snapshot()
+        self.guard.load_state(state["guard"])
         numbers = self._numbers()
         for path, value in state["numbers"].items():
             if repr(numbers.get(path)) != repr(value):
@@ -218,6 +228,7 @@ class Loop:
 
     def _read_out(self) -> None:
         """Read the losses; see that all is finite and that nothing is left untrained."""
+        self.guard.read()
         try:
             self.history.flush()
         except NonFiniteError:
@@ -230,8 +241,9 @@ class Loop:
         bound = self.prepared.bound
         snapshot = bound.snapshot()
         wrong = self._not_finite()
-        if wrong:
-            # a finite loss may have an infinite gradient, and would be known to have only after the next step
+        if wrong and self.guard.goes_back():
+            return
+        if wrong:  # a finite gradient, times a rate that is too large
             bound.load(self.last_finite)
             raise non_finite(self.history.epochs, f"parameter {', '.join(wrong)}")
         late = [name for name in bound.trainable() if name not in self.last_finite]
@@ -241,6 +253,7 @@ class Loop:
                 "parameter in every call of model or guide"
             )
         self.last_finite = snapshot
+        self.guard.all_is_well()
 
     def _watched(self, watch: Watch, epoch: int) -> bool:
         """Validate, tell the callbacks, and say whether to stop; none of it touches the noise of the steps."""

@@ -1,0 +1,334 @@
+"""No NaN and no infinity reaches a parameter, and what it came from is named."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from small_programs import data, rows
+from torch import nn
+
+import pyro_lvm as lvm
+from pyro_lvm.capture.step import StepResult
+from pyro_lvm.inference import guard
+from pyro_lvm.inference.adam import FusedAdam
+from pyro_lvm.inference.history import HistoryRecorder
+
+LEVELS = [False, "graph"]
+
+
+class Drawn:
+    """Rows that are drawn anew in every epoch; in the second one a value is not finite, which no check can foresee."""
+
+    def __init__(self, x, bad=True):
+        self.x, self.bad = x, bad
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index]
+
+    def redraw(self, epoch, seed):
+        x = self.x.clone()
+        if epoch == 1 and self.bad:
+            x[1400, 1] = torch.nan
+        return Drawn(x)
+
+
+def with_a_bad_row():
+    return Drawn(rows(1500))
+
+
+def autoencoder():
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return lvm.VAE(3, 2, (8,), likelihood="normal").double()
+
+
+def values(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(one, other):
+    return [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+class Scaled(nn.Module):
+    """A Normal whose scale is the exponential of a parameter: constant data drive it to nought."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def model(self, x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(x.new_zeros(2), self.log_scale.exp()).to_event(1), obs=x)
+
+    def guide(self, x, size=None):
+        """Nothing is latent."""
+
+
+@pytest.mark.parametrize("capture", LEVELS)
+@pytest.mark.parametrize("optimizer", [None, torch.optim.SGD])
+def test_nan_in_a_batch_is_found_and_the_parameters_are_those_before_it(capture, optimizer):
+    options = {"batch_size": 100, "lr": 1e-4, "seed": 4, "capture": capture, "optimizer": optimizer}
+    vae = autoencoder()
+    words = r"step (\d+): loss became NaN.*data holds NaN or infinite values in 1 of 100 rows, the first in row 1400 of"
+    with pytest.raises(lvm.NonFiniteError, match=rf"{words}.*drop or impute such rows") as error:
+        lvm.fit(vae, with_a_bad_row(), epochs=2, **options)
+    step = int(str(error.value).split(":")[0].removeprefix("step "))
+    assert 15 < step <= 30
+    before = autoencoder()
+    lvm.fit(before, Drawn(rows(1500), bad=False), steps=step - 1, **options)
+    assert same(values(vae), values(before))
+    assert vae.training == before.training
+
+
+def test_compiled_steps_are_guarded_too():
+    vae = autoencoder()
+    with pytest.raises(lvm.NonFiniteError, match="the first in row 1400 of the data"):
+        lvm.fit(vae, with_a_bad_row(), epochs=2, batch_size=100, lr=1e-4, seed=4, capture="compiled")
+    assert all(torch.isfinite(value).all() for value in vae.state_dict().values())
+
+
+def test_nan_in_a_weight_is_named():
+    class Broken(Scaled):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.tensor([0.0, torch.nan], dtype=torch.float64))
+
+        def model(self, x, size=None):
+            with pyro.plate("data", size or len(x), subsample=x):
+                loc = self.shift if len(x) < 40 else self.shift.nan_to_num()  # what is traced first is sound
+                pyro.sample("x", dist.Normal(loc, self.log_scale.exp()).to_event(1), obs=x)
+
+    broken = Broken()
+    words = r"parameter shift is not finite \(from \S+ to \S+, 1 of 2 not finite\).*site 'x' .*its loc.*fresh=True"
+    with pytest.raises(lvm.NonFiniteError, match=words):
+        lvm.fit(broken, rows(42, 2), epochs=1, batch_size=40, seed=0, check=False)
+    assert torch.isfinite(broken.log_scale).all()
+
+
+@pytest.mark.parametrize("capture", LEVELS)
+def test_a_scale_that_goes_to_nought_is_named_with_its_column(capture):
+    """Two constant columns: the likelihood has no bound, and the scale falls until its square is nought."""
+    scaled = Scaled()
+    words = (
+        r"step \d+: .*site 'x' \(test_nonfinite\.py:\d+\): .*Normal with loc from 0 to 0, scale from .*the rows of the"
+    )
+    with pytest.raises(
+        lvm.NonFiniteError, match=rf"{words}.*scale of site 'x'.*put a floor under it, or drop a column"
+    ):
+        lvm.fit(scaled, torch.zeros(20, 2, dtype=torch.float64), steps=2000, lr=2.0, seed=0, capture=capture)
+    assert torch.isfinite(scaled.log_scale).all()
+    assert (scaled.log_scale < -100).all()
+
+
+@pytest.mark.parametrize("capture", LEVELS)
+def test_a_rate_of_a_million_is_named(capture):
+    vae = autoencoder()
+    with pytest.raises(lvm.NonFiniteError, match=r"step \d+: .*site '\w+' .*smaller rate|put a floor under it"):
+        lvm.fit(vae, rows(200), steps=200, lr=1e6, optimizer=torch.optim.SGD, seed=0, capture=capture)
+    assert all(torch.isfinite(value).all() for value in vae.state_dict().values())
+
+
+def test_a_column_without_variance_in_a_mixture_is_sound():
+    """The floor of the mixture keeps it finite: no false alarm."""
+    x = rows(60, 2)
+    x[:, 1] = 3.0
+    fit = lvm.fit(lvm.GaussianMixture(2, 2, "diag"), x, steps=300, seed=0)
+    assert fit.info["stopped"] == "finished"
+
+
+def test_what_torch_refuses_to_decompose_is_named():
+    class Covariance(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.entry = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+        def model(self, x, size=None):
+            covariance = torch.stack(
+                [torch.stack([x.new_ones(()), self.entry]), torch.stack([self.entry, x.new_ones(())])]
+            )
+            with pyro.plate("data", size or len(x), subsample=x):
+                pyro.sample(
+                    "x", dist.MultivariateNormal(x.new_zeros(2), scale_tril=torch.linalg.cholesky(covariance)), obs=x
+                )
+
+        def guide(self, x, size=None):
+            """Nothing is latent."""
+
+    module = Covariance()
+    x = rows(30, 2)
+    x[:, 1] = x[:, 0]
+    before = module.entry.item()
+    # the matrix is finite, so that torch's own words are the right ones
+    with pytest.raises(torch.linalg.LinAlgError, match="positive-definite"):
+        lvm.fit(module, x, steps=500, lr=0.3, seed=0, capture=False)
+    assert torch.isfinite(module.entry)
+    assert module.entry.item() != before
+
+
+# --------------------------------------------------------------------------------------------------------- modes
+
+
+def test_a_skipped_step_is_counted_and_changes_nothing(monkeypatch):
+    taken = []
+    step = FusedAdam.step
+
+    def counting(self, closure=None):
+        taken.append(float(next(iter(self.state.values()))["step"]) if self.state else 0.0)
+        return step(self, closure)
+
+    monkeypatch.setattr(FusedAdam, "step", counting)
+    fit = lvm.fit(autoencoder(), with_a_bad_row(), epochs=3, batch_size=100, lr=1e-4, seed=4, on_nonfinite="skip")
+    assert fit.history["skipped"] == [0, 1, 0]
+    assert taken == [float(count) for count in range(44)]
+    assert all(torch.isfinite(value).all() for value in fit.params.values())
+    assert all(abs(value) < 100 for value in fit.history["elbo"])
+
+
+def test_where_one_step_after_the_other_is_left_out_the_fit_ends():
+    scaled = Scaled()
+    with torch.no_grad():
+        scaled.log_scale.fill_(-400.0)
+    with pytest.raises(lvm.NonFiniteError, match=r"step 20 \(the 20th in a row\): .*site 'x'.*put a floor under it"):
+        lvm.fit(scaled, rows(20, 2), steps=50, lr=0.1, seed=0, on_nonfinite="skip", check=False)
+
+
+def test_an_epoch_without_a_step_is_nan_and_every_column_is_as_long():
+    history = HistoryRecorder(10)
+    columns = (("loss", ""), ("reconstruction", "x"), ("kl", "z"))
+    for left_out in (1, 1, 3):
+        if left_out == 1 and history.epochs:
+            history.add_step(StepResult(columns, torch.tensor([5.0, -40.0, 10.0], dtype=torch.float64)), 1.0)
+        history.end_epoch(left_out)
+    history.flush()
+    assert history.columns["skipped"] == [1, 0, 2]
+    assert [math.isnan(value) for value in history.columns["elbo"]] == [True, False, True]
+    assert history.columns["elbo"][1] == -5.0
+    assert [len(history.columns[group][site]) for group, site in columns[1:]] == [3, 3]
+
+
+def test_restoring_halves_the_rate_until_it_is_small_enough():
+    class Steep(nn.Module):
+        """log p has a slope of one, and ends at nought: a step of more than the way there is not finite."""
+
+        def __init__(self):
+            super().__init__()
+            self.root = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+        def model(self, x, size=None):
+            with pyro.plate("data", size or len(x), subsample=x):
+                pyro.sample("x", dist.Normal(self.root.sqrt(), 1.0), obs=x)
+
+        def guide(self, x, size=None):
+            """Nothing is latent."""
+
+    steep = Steep()
+    options = {"steps": 60, "seed": 0, "optimizer": torch.optim.SGD, "lr": 8.0, "capture": False}
+    fit = lvm.fit(steep, data() * 0.1 + 0.4, on_nonfinite="restore", **options)
+    assert fit.info["restores"] == sum(fit.history["skipped"]) > 0
+    assert torch.isfinite(steep.root)
+    with pytest.raises(
+        lvm.NonFiniteError, match=r"step \d+ \(after 1 restores at lower and lower rates\): loss became"
+    ):
+        lvm.fit(Steep(), data() * 0.1 + 0.4, on_nonfinite=("restore", 1), **options)
+
+
+@pytest.mark.parametrize("words", ["ignore", ("restore", 1, 2), None])
+def test_unknown_modes_are_refused(words):
+    with pytest.raises(ValueError, match="is not known: use 'raise', 'skip', 'restore', or"):
+        lvm.fit(autoencoder(), rows(), steps=1, on_nonfinite=words)
+
+
+def test_skipping_goes_on_from_a_checkpoint(tmp_path):
+    def run(**more):
+        options = {"epochs": 3, "batch_size": 100, "lr": 1e-4, "seed": 4, "on_nonfinite": "skip"} | more
+        return lvm.fit(autoencoder(), with_a_bad_row(), **options)
+
+    class Interrupted(Exception):
+        pass
+
+    def end(epoch):
+        if epoch.epoch == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(checkpoint=tmp_path, checkpoint_every=7, callbacks=[end])
+    resumed, undisturbed = run(checkpoint=tmp_path, checkpoint_every=7), run()
+    assert resumed.info["resumed_at"] == 28
+    assert resumed.history == undisturbed.history
+    assert same(dict(resumed.params), dict(undisturbed.params))
+
+
+# ------------------------------------------------------------------------------------------------ the deferred way
+
+
+@pytest.mark.parametrize("capture", LEVELS)
+def test_where_the_flag_is_read_later_nothing_has_moved_since(capture, monkeypatch):
+    def ended(every):
+        monkeypatch.setitem(guard.STEPS_BETWEEN_READS, "cpu", every)
+        vae = autoencoder()
+        with pytest.raises(lvm.NonFiniteError) as error:
+            lvm.fit(vae, with_a_bad_row(), epochs=2, batch_size=100, lr=1e-3, seed=4, capture=capture)
+        return str(error.value), values(vae)
+
+    (at_once, there), (later, also_there) = ended(1), ended(50)
+    assert at_once == later
+    assert same(there, also_there)
+
+
+def test_a_masked_update_leaves_moments_and_counter(monkeypatch):
+    weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
+    adam = FusedAdam(weights, 0.1)
+    for _ in range(3):
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 0.5)
+        adam.step()
+    before = copy.deepcopy(adam.state_dict()), [weight.detach().clone() for weight in weights]
+    adam.step()  # makes the lists anew after they have been read
+    adam.load_state_dict(copy.deepcopy(before[0]))
+    with torch.no_grad():
+        for weight, value in zip(weights, before[1], strict=True):
+            weight.copy_(value)
+    for found in (1.0, 1.0):
+        adam.found_inf = torch.tensor(found)
+        for weight in weights:
+            weight.grad = torch.full_like(weight, torch.nan)
+        adam.step()
+    del adam.found_inf
+    after = adam.state_dict()
+    for number, state in before[0]["state"].items():
+        assert all(torch.equal(value, after["state"][number][name]) for name, value in state.items())
+    assert all(torch.equal(weight, value) for weight, value in zip(weights, before[1], strict=True))
+
+
+def test_batch_norm_keeps_what_it_knew():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3).double()
+            self.loc = nn.Linear(3, 1).double()
+
+        def model(self, x, size=None):
+            with pyro.plate("data", size or len(x), subsample=x):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+                pyro.sample("x", dist.Normal(z[:, None], 1.0).expand(x.shape).to_event(1), obs=x)
+
+        def guide(self, x, size=None):
+            with pyro.plate("data", size or len(x), subsample=x):
+                pyro.sample("z", dist.Normal(self.loc(self.norm(x))[:, 0], 0.5))
+
+    def batches_seen(data):
+        normed = Normed()
+        lvm.fit(normed, data, epochs=2, batch_size=100, lr=1e-3, seed=4, on_nonfinite="skip")
+        assert torch.isfinite(normed.norm.running_mean).all()
+        return normed.norm.num_batches_tracked
+
+    assert batches_seen(with_a_bad_row()) == batches_seen(Drawn(rows(1500), bad=False)) - 1
