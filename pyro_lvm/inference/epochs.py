@@ -39,7 +39,7 @@ class Order:
         self._generator = torch.Generator().manual_seed(seed)
         self._full: Batch | None = None
         if rows.loader is not None:
-            self.steps_per_epoch = len(rows.loader)
+            self.steps_per_epoch = rows.batches_of_loader
         else:
             self.steps_per_epoch = 1 if self.batch_size is None else -(-len(rows) // self.batch_size)
 
@@ -57,8 +57,8 @@ class Order:
             yield from self._stratified(rows, self.strata)
         else:
             permutation = torch.randperm(len(rows), generator=self._generator)
-            for index in permutation.split(self.batch_size):
-                yield rows.take(index), len(index) / len(rows)
+            for batch in rows.taken(permutation.split(self.batch_size)):
+                yield batch, len(batch) / len(rows)
 
     def _stratified(self, rows: Rows, strata: list[tuple[Tensor, int]]) -> Iterator[tuple[Batch, float]]:
         total = sum(count for _, count in strata)
