@@ -159,24 +159,28 @@ def _draws(
     """Draws given the rows of one batch."""
     bound = evaluation.bound
     structure = traced(bound.model, bound.guide, batch)
-    latent = structure.latent
-    columns: dict[str, list[Tensor]] = {site.name: [] for site in latent}
     observed = data_sites(structure) if predictive else []
+    shapes = {site.name: site_shape(site) for site in (*structure.latent, *observed)}
+    dims = {site.name: site_dims(site) for site in structure.latent}
     predicted: dict[str, list[Tensor]] = {site.name: [] for site in observed}
+    columns: dict[str, list[Tensor]] = {name: [] for name in dims}
+    del structure, observed  # they hold every distribution of the rows, and would do so beside those of each draw
     log_p, log_q = [], []
     for _ in evaluation.numbers(num_draws):
         trace, joint, density = _one_draw(evaluation, batch)
-        for site in latent:
-            columns[site.name].append(trace.nodes[site.name]["value"].reshape(site_shape(site)))
+        for name, values in columns.items():
+            values.append(trace.nodes[name]["value"].reshape(shapes[name]))
         log_p.append(joint)
         log_q.append(density)
         if predictive:
             drawn = _predict(bound.model, trace, batch)
-            for site in observed:
-                predicted[site.name].append(drawn.nodes[site.name]["value"].reshape(site_shape(site)))
+            for name, values in predicted.items():
+                values.append(drawn.nodes[name]["value"].reshape(shapes[name]))
+            del drawn
+        del trace
     posterior = Posterior(
         {name: torch.stack(values).cpu() for name, values in columns.items()},
-        {site.name: site_dims(site) for site in latent},
+        dims,
         torch.stack(log_p).cpu(),
         None if evaluation.given is not None else torch.stack(log_q).cpu(),
     )
