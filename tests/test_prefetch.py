@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 
 import numpy as np
@@ -73,8 +74,9 @@ def test_an_error_comes_where_its_turn_is_with_its_traceback():
 
 
 def test_who_breaks_off_leaves_no_thread():
-    found = read_ahead(range(100), lambda number: number)
+    found = read_ahead(range(100), lambda number: time.sleep(0.2 if number else 0.0))
     next(found)
+    assert readers()
     found.close()
     assert not readers()
 
