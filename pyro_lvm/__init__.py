@@ -13,7 +13,7 @@ from pyro_lvm.criticism.evidence import log_evidence
 from pyro_lvm.criticism.findings import Diagnosis, Finding
 from pyro_lvm.criticism.gradients import GradientReport, gradient_report
 from pyro_lvm.criticism.runs import diagnose_runs
-from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning, StorageError
+from pyro_lvm.errors import NonFiniteError, NotEnoughMemoryError, ProgramError, ProgramWarning, StorageError
 from pyro_lvm.inference.chains import Chains
 from pyro_lvm.inference.check import check
 from pyro_lvm.inference.coordinate_ascent import coordinate_ascent
@@ -51,6 +51,7 @@ __all__ = [
     "GaussianMixture",
     "GradientReport",
     "NonFiniteError",
+    "NotEnoughMemoryError",
     "Posterior",
     "ProgramError",
     "ProgramWarning",

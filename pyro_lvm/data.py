@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+
+from pyro_lvm.memory import require_room
+from pyro_lvm.prefetch import read_ahead
 
 __all__ = ["Batch", "Rows", "as_rows"]
 
@@ -91,13 +94,61 @@ class Rows:
             kwargs = {name: _rows_of(array, index) for name, array in self.kwargs.items()}
         return self._batch(args, kwargs, index, weight)
 
+    def taken(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """The batches of these row numbers, one after the other; from disk the next are read in the background."""
+        return read_ahead(indices, self.take) if self.on_disk else map(self.take, indices)
+
     def batches(self, batch_size: int | None) -> Iterator[Batch]:
         """All rows in their own order, ``batch_size`` at a time (None: all at once)."""
         if self.loader is not None:
-            yield from map(self.collated, self.loader)
+            seen = 0
+            for item in self.loader:
+                batch = self.collated(item)
+                seen += len(batch)
+                self._require_size(seen, at_the_end=False)
+                yield batch
+            self._require_size(seen, at_the_end=True)
             return
-        for start in range(0, self.size, batch_size or self.size):
-            yield self.take(torch.arange(start, min(start + (batch_size or self.size), self.size)))
+        if batch_size is None or batch_size >= self.size:
+            yield self.whole()
+            return
+        starts = range(0, self.size, batch_size)
+        yield from self.taken(torch.arange(start, min(start + batch_size, self.size)) for start in starts)
+
+    @property
+    def batches_of_loader(self) -> int:
+        """Batches in one walk over the loader."""
+        assert self.loader is not None, "asked where there is a loader"
+        try:
+            return len(self.loader)
+        except TypeError:  # a stream whose length the caller has said
+            per_batch = self.loader.batch_size or 1
+            return self.size // per_batch if self.loader.drop_last else -(-self.size // per_batch)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether some rows lie on disk, and all may be read by another thread: nothing of a user's runs there."""
+        arrays = (*self.args, *self.kwargs.values())
+        lazy = [array for array in arrays if _is_lazy(array)]
+        return bool(lazy) and all(isinstance(a, np.ndarray) or getattr(a, "read_ahead", False) for a in lazy)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """What a row takes in memory; a dataset that draws its values is left where it was."""
+        with torch.random.fork_rng(devices=[]):
+            return _bytes_of(self.first(1))
+
+    def _require_size(self, seen: int, *, at_the_end: bool) -> None:
+        """Refuse a stream that gives other rows than its size says: every scale would be wrong."""
+        if self.loader is None or not isinstance(self.loader.dataset, IterableDataset):
+            return  # a sampler may leave rows out of a map-style dataset
+        left_out = (self.loader.batch_size or 1) * max(self.loader.num_workers, 1) - 1 if self.loader.drop_last else 0
+        if seen > self.size or (at_the_end and seen + left_out < self.size):
+            came = f"gave {seen} rows" if at_the_end else f"gave {seen} rows and goes on"
+            raise ValueError(
+                f"the stream {came}, but its size is {self.size}, by which the bound is scaled: pass size= (or let its "
+                "__len__ say) the number of rows that one walk over it gives"
+            )
 
     def collated(self, item: Any) -> Batch:
         """The batch that ``item`` of a loader is."""
@@ -110,10 +161,37 @@ class Rows:
         return self.take(torch.arange(min(count, self.size)))
 
     def whole(self) -> Batch:
-        """Every row in one batch."""
-        if self.loader is None:
-            return self.take(torch.arange(self.size))
-        parts = list(self.batches(None))
+        """Every row in one batch.
+
+        Raises:
+            NotEnoughMemoryError: if the rows are not in memory yet and would not fit.
+        """
+        if self.on_disk or self.dataset is not None:
+            require_room(
+                self.size * self.bytes_per_row,
+                f"all {self.size} rows at once",
+                "pass fewer rows, or name `size` in the program's signature, so that it can be given a part of them",
+            )
+        return self.take(torch.arange(self.size)) if self.loader is None else self._joined(list(self.batches(None)))
+
+    def at_most(self, limit: int, seed: int) -> Batch:
+        """All rows, or a sample of those not in memory that takes ``limit`` bytes; a loader gives its first."""
+        if self.loader is not None:
+            parts: list[Batch] = []
+            for part in self.batches(None):
+                parts.append(part)
+                if sum(map(_bytes_of, parts)) >= limit:
+                    break
+            return self._joined(parts)
+        if not self.on_disk and self.dataset is None:
+            return self.whole()
+        count = max(limit // max(self.bytes_per_row, 1), 1)
+        if count >= self.size:
+            return self.whole()
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        return self.take(order[:count].sort().values)
+
+    def _joined(self, parts: list[Batch]) -> Batch:
         args = tuple(torch.cat(column) for column in zip(*(part.args for part in parts), strict=True))
         kwargs = {name: torch.cat([part.kwargs[name] for part in parts]) for name in parts[0].kwargs}
         return Batch(args, kwargs, self.size, None)
@@ -185,6 +263,10 @@ class Rows:
         return value.to(device=self.device, dtype=self.dtype if value.is_floating_point() else None)
 
 
+def _bytes_of(batch: Batch) -> int:
+    return sum(value.nbytes for value in batch.tensors().values() if isinstance(value, Tensor))
+
+
 class _Part:
     """Some rows of an array that lies on disk, or gives its rows only when asked."""
 
@@ -196,6 +278,11 @@ class _Part:
 
     def __getitem__(self, rows: Any) -> Tensor:
         return _rows_of(self.array, self.index[rows])
+
+    @property
+    def read_ahead(self) -> bool:
+        """Whether another thread may read it."""
+        return isinstance(self.array, np.ndarray) or getattr(self.array, "read_ahead", False)
 
 
 class _RedrawnPart(_Part):
@@ -228,14 +315,18 @@ def _split(item: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return (item,), {}
 
 
-def as_rows(data: Any, argument: str = "data", *, missing: bool = False) -> Rows:
+def as_rows(
+    data: Any, argument: str = "data", *, missing: bool = False, size: int | None = None, batch_size: int | None = None
+) -> Rows:
     """See ``data`` as rows.
 
     Args:
         data: a tensor, ndarray or memmap; a tuple (positional arguments) or dict (keyword arguments) of them;
-            a map-style `Dataset`; a `DataLoader`; any object with ``len`` and ``x[rows]`` giving tensors.
+            a `Dataset`, map-style or iterable; a `DataLoader`; any object with ``len`` and ``x[rows]`` giving tensors.
         argument: what the caller calls it, for error messages.
         missing: whether NaN marks a missing value; it is an error otherwise.
+        size: rows of the whole data set, where the data cannot say: a stream without ``__len__``.
+        batch_size: rows in a batch of an iterable dataset; None for 512.
 
     Raises:
         TypeError: if it is none of these.
@@ -243,11 +334,20 @@ def as_rows(data: Any, argument: str = "data", *, missing: bool = False) -> Rows
     """
     if isinstance(data, Rows):
         return data
+    if isinstance(data, IterableDataset):
+        data = DataLoader(data, batch_size=batch_size or 512)
     if isinstance(data, DataLoader):
-        size = _at_least_one(_length_of_dataset(data), argument)
-        if len(data) == 0:
+        rows = Rows(loader=data, size=_length_of_dataset(data, argument, size), missing=missing)
+        if rows.batches_of_loader == 0:
             raise ValueError(f"{argument} is a DataLoader without a batch: use a smaller batch_size or drop_last=False")
-        return Rows(loader=data, size=size, missing=missing)
+        return rows
+    rows = _indexed_rows(data, argument, missing)
+    _require_same_size(len(rows), argument, size)
+    return rows
+
+
+def _indexed_rows(data: Any, argument: str, missing: bool) -> Rows:
+    """Data that can be asked for rows by number."""
     if isinstance(data, Dataset):
         if not hasattr(data, "__len__"):
             raise TypeError(f"{argument} is a Dataset without a length: wrap it in a map-style Dataset with __len__")
@@ -268,11 +368,25 @@ def as_rows(data: Any, argument: str = "data", *, missing: bool = False) -> Rows
     return Rows(args, kwargs, size=_at_least_one(next(iter(lengths.values())), argument), missing=any(some) or lazy)
 
 
-def _length_of_dataset(loader: DataLoader[Any]) -> int:
+def _length_of_dataset(loader: DataLoader[Any], argument: str, size: int | None) -> int:
     try:
-        return len(loader.dataset)  # type: ignore[arg-type]
+        length = len(loader.dataset)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError("the DataLoader's dataset has no length: give it a map-style Dataset with __len__") from None
+        if size is not None and isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None:
+            return _at_least_one(size, argument)
+        edit = "give it a __len__" + (", or pass size=, the rows of one walk" if argument == "data" else "")
+        raise TypeError(
+            f"the dataset of {argument} has no length, so that nothing says how many rows there are: {edit}"
+        ) from None
+    _require_same_size(length, argument, size)
+    return _at_least_one(length, argument)
+
+
+def _require_same_size(length: int, argument: str, size: int | None) -> None:
+    if size is not None and size != length:
+        raise ValueError(
+            f"size={size}, but {argument} has {length} rows: drop size=, which is for data without a length"
+        )
 
 
 def _length(array: Any, name: str) -> int:
@@ -311,13 +425,14 @@ def _at_least_one(size: int, argument: str) -> int:
 
 def _refuse_non_finite(array: Any, name: str, missing: bool = False, rows_at_once: int = 4096) -> bool:
     """Raise at an infinite value, and at NaN unless it may be ``missing``; whether there is any."""
-    floating = array.dtype.kind == "f" if isinstance(array, np.ndarray) else _is_floating_tensor(array)
+    dtype = getattr(array, "dtype", None)
+    floating = dtype.kind == "f" if isinstance(dtype, np.dtype) else _is_floating_tensor(array)
     if not floating:
         return False
     found = False
     for start in range(0, len(array), rows_at_once):
         block = array[start : start + rows_at_once]
-        finite = torch.from_numpy(np.isfinite(block)) if isinstance(array, np.ndarray) else torch.isfinite(block)
+        finite = torch.from_numpy(np.isfinite(block)) if isinstance(block, np.ndarray) else torch.isfinite(block)
         if bool(finite.all()):
             continue
         if missing:

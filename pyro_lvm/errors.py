@@ -6,7 +6,7 @@ apart from them.
 
 from __future__ import annotations
 
-__all__ = ["NonFiniteError", "ProgramError", "ProgramWarning", "StorageError"]
+__all__ = ["NonFiniteError", "NotEnoughMemoryError", "ProgramError", "ProgramWarning", "StorageError"]
 
 
 class ProgramError(ValueError):
@@ -23,6 +23,10 @@ class ProgramWarning(UserWarning):
 
 class NonFiniteError(RuntimeError):
     """The loss became NaN or infinite during a fit; the last finite parameters are back in the modules."""
+
+
+class NotEnoughMemoryError(MemoryError):
+    """A result would not fit in memory; the message says how much it takes, how much there is, and an edit."""
 
 
 class StorageError(RuntimeError):

@@ -215,10 +215,12 @@ def test_datasets_without_a_length_are_refused():
         def __iter__(self):
             yield X[0]
 
-    with pytest.raises(TypeError, match="Dataset without a length"):
+    with pytest.raises(TypeError, match=r"the dataset of data has no length.*: give it a __len__, or pass size="):
         as_rows(Endless())
-    with pytest.raises(TypeError, match="the DataLoader's dataset has no length"):
+    with pytest.raises(TypeError, match="the dataset of data has no length"):
         as_rows(DataLoader(Endless()))
+    with pytest.raises(TypeError, match=r"the dataset of x has no length.*: give it a __len__$"):
+        lvm.log_evidence(lvm.PPCA(3, 1), Endless())
 
 
 def test_a_loader_does_not_touch_the_process_and_may_shuffle():

@@ -25,6 +25,8 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 # A module may import those that stand before it. One entry stands for a file or for a whole folder.
 ORDER = (
     "errors",
+    "memory",
+    "prefetch",
     "storage",
     "declaration",
     "schedules",

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_lvm.criticism.weights import Draw, draw_latent, draw_local, local_log_weight
 from pyro_lvm.data import Batch
 from pyro_lvm.evaluation import Evaluation
+from pyro_lvm.memory import require_room
 
 __all__ = ["JudgedRows", "judged_rows", "row_log_weights"]
 
@@ -43,6 +44,12 @@ def judged_rows(evaluation: Evaluation, num_rows: int | None, seed: int) -> Judg
         return JudgedRows((whole,), torch.arange(size), whole)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     index = order[: size if num_rows is None else num_rows].sort().values
+    if evaluation.rows.on_disk:
+        require_room(
+            2 * len(index) * evaluation.rows.bytes_per_row,
+            f"{len(index)} rows to judge, twice",
+            "look at fewer of them, num_rows=1000",
+        )
     parts = tuple(evaluation.rows.take(part) for part in index.split(ROWS_AT_A_TIME))
     return JudgedRows(parts, index, parts[0] if len(parts) == 1 else evaluation.rows.take(index))
 

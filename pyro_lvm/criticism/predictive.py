@@ -28,7 +28,9 @@ from pyro_lvm.data import Batch
 from pyro_lvm.elbo.terms import is_random
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
+from pyro_lvm.memory import require_room
 from pyro_lvm.posterior import Posterior
+from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.structure import Site, Structure
 
 __all__ = [
@@ -41,7 +43,11 @@ __all__ = [
     "mean_responsibilities",
     "site_dims",
     "site_shape",
+    "takes_rows_apart",
 ]
+
+ROWS_AT_A_TIME, BYTES_AT_A_TIME = 16_384, 2**21
+"""The most in one pass; other draws come out if they are changed, where there is more."""
 
 
 def data_sites(structure: Structure) -> list[Site]:
@@ -69,28 +75,112 @@ def draw_posterior(
 ) -> tuple[Posterior, dict[str, Tensor]]:
     """Draws of every latent site and, if asked for, of the observed ones given them.
 
-    The caller sets up random state and parameters (`Evaluation.running`).
+    Many rows are drawn for a part at a time where the latents of each are its own. The caller sets up random state and
+    parameters (`Evaluation.running`).
+
+    Raises:
+        NotEnoughMemoryError: if the draws would not fit in memory.
     """
+    _require_room(evaluation, num_draws, predictive)
+    if not takes_rows_apart(evaluation):
+        return _draws(evaluation, evaluation.rows.whole(), num_draws, predictive)
+    plate, start = evaluation.structure.data_plate, 0
+    joined: tuple[Posterior, dict[str, Tensor]] | None = None
+    for batch in evaluation.rows.batches(_rows_at_a_time(evaluation)):
+        posterior, predicted = _draws(evaluation, batch, num_draws, predictive)
+        if joined is None:
+            dims = {site.name: site_dims(site) for site in evaluation.structure.model.values()}
+            total = Posterior(
+                _room_for(posterior.draws, dims, plate, len(evaluation.rows)),
+                posterior.dims,
+                torch.zeros_like(posterior.log_p),
+                None if posterior.log_q is None else torch.zeros_like(posterior.log_q),
+            )
+            joined = total, _room_for(predicted, dims, plate, len(evaluation.rows))
+        for whole, part in ((joined[0].draws, posterior.draws), (joined[1], predicted)):
+            for name, values in part.items():
+                whole[name].narrow(1 + dims[name].index(plate), start, len(batch)).copy_(values)
+        joined[0].log_p.add_(posterior.log_p)
+        if joined[0].log_q is not None and posterior.log_q is not None:
+            joined[0].log_q.add_(posterior.log_q)
+        start += len(batch)
+    assert joined is not None, "there is at least one row"
+    return joined
+
+
+def takes_rows_apart(evaluation: Evaluation) -> bool:
+    """Whether there are many rows, and everything random belongs to one of them, so that parts of them do."""
+    structure, rows = evaluation.structure, evaluation.rows
+    plate = structure.data_plate
+    if plate is None or rows.loader is not None or len(rows) <= _rows_at_a_time(evaluation):
+        return False
+    sites = (*structure.model.values(), *structure.guide.values())
+    return evaluation.takes_parts and evaluation.given is None and all(site.inside(plate) for site in sites)
+
+
+def _rows_at_a_time(evaluation: Evaluation) -> int:
+    return min(ROWS_AT_A_TIME, max(BYTES_AT_A_TIME // max(evaluation.rows.bytes_per_row, 1), 1))
+
+
+def _room_for(
+    draws: Mapping[str, Tensor], dims: Mapping[str, tuple[str, ...]], plate: str | None, rows: int
+) -> dict[str, Tensor]:
+    """Empty tensors like these, of all rows."""
+    found = {}
+    for name, values in draws.items():
+        shape = list(values.shape)
+        shape[1 + dims[name].index(str(plate))] = rows
+        found[name] = values.new_empty(shape)
+    return found
+
+
+def _require_room(evaluation: Evaluation, num_draws: int, predictive: bool) -> None:
+    structure, rows = evaluation.structure, len(evaluation.rows)
+    sites = [*structure.latent, *(data_sites(structure) if predictive else [])]
+    of_draw = 0
+    for site in sites:
+        sizes = [
+            rows if dim == structure.data_plate else size
+            for dim, size in zip(site_dims(site), site_shape(site), strict=True)
+        ]
+        of_draw += math.prod(sizes) * site.value.element_size()
+    copies = 1 if takes_rows_apart(evaluation) else 2  # draws one by one are stacked in the end
+    needed = copies * num_draws * of_draw
+    require_room(
+        needed,
+        f"{num_draws} draws of {', '.join(site.name for site in sites)} for {rows} rows",
+        "ask for fewer draws (num_draws=), or for some of the rows at a time",
+    )
+
+
+def _draws(
+    evaluation: Evaluation, batch: Batch, num_draws: int, predictive: bool
+) -> tuple[Posterior, dict[str, Tensor]]:
+    """Draws given the rows of one batch."""
     bound = evaluation.bound
-    batch, structure = evaluation.whole()
-    latent = structure.latent
-    columns: dict[str, list[Tensor]] = {site.name: [] for site in latent}
+    structure = traced(bound.model, bound.guide, batch)
     observed = data_sites(structure) if predictive else []
+    shapes = {site.name: site_shape(site) for site in (*structure.latent, *observed)}
+    dims = {site.name: site_dims(site) for site in structure.latent}
     predicted: dict[str, list[Tensor]] = {site.name: [] for site in observed}
+    columns: dict[str, list[Tensor]] = {name: [] for name in dims}
+    del structure, observed  # they hold every distribution of the rows, and would do so beside those of each draw
     log_p, log_q = [], []
     for _ in evaluation.numbers(num_draws):
         trace, joint, density = _one_draw(evaluation, batch)
-        for site in latent:
-            columns[site.name].append(trace.nodes[site.name]["value"].reshape(site_shape(site)))
+        for name, values in columns.items():
+            values.append(trace.nodes[name]["value"].reshape(shapes[name]))
         log_p.append(joint)
         log_q.append(density)
         if predictive:
             drawn = _predict(bound.model, trace, batch)
-            for site in observed:
-                predicted[site.name].append(drawn.nodes[site.name]["value"].reshape(site_shape(site)))
+            for name, values in predicted.items():
+                values.append(drawn.nodes[name]["value"].reshape(shapes[name]))
+            del drawn
+        del trace
     posterior = Posterior(
         {name: torch.stack(values).cpu() for name, values in columns.items()},
-        {site.name: site_dims(site) for site in latent},
+        dims,
         torch.stack(log_p).cpu(),
         None if evaluation.given is not None else torch.stack(log_q).cpu(),
     )
@@ -212,7 +302,21 @@ def _log_mean(log_weights: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def mean_responsibilities(evaluation: Evaluation, num_draws: int) -> Mapping[str, Tensor]:
     """p(k_i | x_i), averaged over draws of everything else, by enumerated site; shape (*plates, K), float64."""
-    batch = evaluation.rows.whole()
+    parts = (
+        evaluation.rows.batches(_rows_at_a_time(evaluation))
+        if takes_rows_apart(evaluation)
+        else iter([evaluation.rows.whole()])
+    )
+    found = [_responsibilities(evaluation, batch, num_draws) for batch in parts]
+    if len(found) == 1:
+        return found[0]
+    rows = {
+        site.name: site_dims(site).index(str(evaluation.structure.data_plate)) for site in evaluation.structure.latent
+    }
+    return {name: torch.cat([part[name] for part in found], rows[name]) for name in found[0]}
+
+
+def _responsibilities(evaluation: Evaluation, batch: Batch, num_draws: int) -> dict[str, Tensor]:
     totals: dict[str, Tensor] = {}
     for _ in evaluation.numbers(num_draws):
         draw = draw_latent(evaluation.bound, evaluation.structure, batch)

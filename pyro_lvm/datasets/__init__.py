@@ -8,6 +8,7 @@ they are.
 from __future__ import annotations
 
 from pyro_lvm.datasets.binarized import Binarized
+from pyro_lvm.datasets.folder import FolderOfArrays, folder
 from pyro_lvm.datasets.images import Split, TrainTest, digits, fashion_mnist, mnist
 from pyro_lvm.datasets.labels import hide_labels
 from pyro_lvm.datasets.synthetic import (
@@ -20,12 +21,14 @@ from pyro_lvm.datasets.synthetic import (
 
 __all__ = [
     "Binarized",
+    "FolderOfArrays",
     "GaussianMixtureData",
     "LinearGaussianData",
     "Split",
     "TrainTest",
     "digits",
     "fashion_mnist",
+    "folder",
     "hide_labels",
     "make_factor_analysis",
     "make_gaussian_mixture",

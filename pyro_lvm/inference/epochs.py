@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_lvm.data import Batch, Rows
+from pyro_lvm.prefetch import read_ahead
 from pyro_lvm.program import Program, require_named
 
 __all__ = ["Order"]
@@ -42,7 +43,7 @@ class Order:
         self._start = self._generators()
         self._full: Batch | None = None
         if rows.loader is not None:
-            self.steps_per_epoch = len(rows.loader)
+            self.steps_per_epoch = rows.batches_of_loader
         else:
             self.steps_per_epoch = 1 if self.batch_size is None else -(-len(rows) // self.batch_size)
 
@@ -65,8 +66,13 @@ class Order:
                 self._full = rows.whole()
             yield from [(self._full, 1.0)][skip:]
         else:
-            for index, weight, share in islice(self._planned(rows, self.batch_size), skip, None):
-                yield rows.take(index, weight), share
+            plan = islice(self._planned(rows, self.batch_size), skip, None)
+
+            def read(planned: tuple[Tensor, Tensor | None, float]) -> tuple[Batch, float]:
+                index, weight, share = planned
+                return rows.take(index, weight), share
+
+            yield from read_ahead(plan, read) if rows.on_disk else map(read, plan)
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on within the running epoch: the generators as they were at its start."""

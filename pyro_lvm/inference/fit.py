@@ -16,6 +16,7 @@ from pyro.infer import ELBO
 from pyro.infer.autoguide import AutoGuide
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from pyro_lvm.capture.graph import choose_level
 from pyro_lvm.capture.hardware import require_autocast, require_cuda_graph
@@ -75,6 +76,7 @@ def fit(
     resume: Resume = "auto",
     on_checkpoint_error: Literal["warn", "raise"] = "warn",
     on_nonfinite: OnNonFinite = "raise",
+    size: int | None = None,
 ) -> Fit:
     r"""Fit a program to data by stochastic variational inference.
 
@@ -84,7 +86,10 @@ def fit(
     Args:
         program: a ``(model, guide)`` tuple, an object with ``.model`` and ``.guide``, or a lone model.
         data: a tensor, array or memmap with a datum in each row; a tuple or dict of them, passed to the program by
-            position or by name; a torch `Dataset` or `DataLoader`.
+            position or by name; a torch `Dataset` (map-style or iterable) or `DataLoader`; a `datasets.folder`. What
+            lies on disk is read batch by batch, the next ones while a step runs. A start that looks at the data
+            (k-means++, the mean of `PPCA`) sees a sample of those that are not in memory, where all would take more
+            than 256 MB or a quarter of the memory that is left.
         guide: takes the place of the program's guide: a callable, a Pyro autoguide class, or one of "mean_field",
             "full_rank", "low_rank", "map". A program without a guide gets "mean_field".
         elbo: any Pyro ELBO, instance or class; the instance is copied, never changed. None chooses (``fit.info``
@@ -137,6 +142,8 @@ def fit(
             "raise" ends the fit with the sites it came from; "skip" leaves the step out and counts it in
             ``history["skipped"]``; "restore" goes back to the last state that was read out, halves the rate and goes
             on, at most ten times, or n times with ``("restore", n)``.
+        size: rows in one walk over a stream (an `IterableDataset` without ``__len__``, or a `DataLoader` over one). A
+            stream that gives fewer or more is an error at the end of the epoch.
 
     Returns:
         A `Fit`. Modules are trained in place; the record keeps a snapshot of its own.
@@ -168,7 +175,7 @@ def fit(
     given = dict(locals())
     started = time.perf_counter()
     _require_one_length(epochs, steps)
-    for name, count in (("epochs", epochs), ("steps", steps), ("batch_size", batch_size)):
+    for name, count in (("epochs", epochs), ("steps", steps), ("batch_size", batch_size), ("size", size)):
         _require_positive(name, count, whole=True)
     _require_positive("grad_clip_norm", grad_clip_norm)
     watching = _callbacks(callbacks)
@@ -183,7 +190,7 @@ def fit(
     if seed is None:
         seed = fresh_seed() if found is None else found["made"]["seed"]
     initialisation, ordering, noise, evaluation = streams(seed)
-    rows, held_out = _rows(data, validation, batch_size, ordering, require_missing(missing))
+    rows, held_out = _rows(data, validation, batch_size, ordering, require_missing(missing), size)
     stopping = _stopping(early_stopping, held_out)
     untouched = Untouched(resolved.modules.values())
     try:
@@ -329,10 +336,12 @@ def _callbacks(callbacks: Any) -> tuple[Callable[[EpochEnd], Any], ...]:
     return listed
 
 
-def _rows(data: Any, validation: Any, batch_size: int | None, seed: int, missing: bool) -> tuple[Rows, Rows | None]:
+def _rows(
+    data: Any, validation: Any, batch_size: int | None, seed: int, missing: bool, size: int | None
+) -> tuple[Rows, Rows | None]:
     """The rows to train on, and those held out."""
-    rows = as_rows(data, missing=missing)
-    if rows.loader is not None and batch_size is not None:
+    rows = as_rows(data, missing=missing, size=size, batch_size=batch_size)
+    if isinstance(data, DataLoader) and batch_size is not None:
         raise ValueError(f"batch_size={batch_size} says nothing to a DataLoader, which makes its own batches: drop it")
     if validation is None:
         return rows, None

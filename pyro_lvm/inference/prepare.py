@@ -16,6 +16,7 @@ from pyro_lvm.elbo.estimator import Estimator, make_estimator
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import batch_to_trace
 from pyro_lvm.guides import is_recipe, make_guide
+from pyro_lvm.memory import available
 from pyro_lvm.parameters import BoundProgram, Untouched, bind
 from pyro_lvm.per_datum import freed, nothing_to_replace
 from pyro_lvm.preflight.observations import check_support
@@ -37,6 +38,10 @@ __all__ = [
     "reset",
     "resolve",
 ]
+
+
+BYTES_TO_START_FROM = 2**28
+"""Of rows not in memory yet that a start looks at; hooks make copies of what they get."""
 
 
 @dataclass(frozen=True)
@@ -271,13 +276,15 @@ def _check_held_out(held_out: Rows, bound: BoundProgram, check: bool) -> None:
 
 
 def initialize(program: Program, rows: Rows, seed: int) -> None:
-    """Call the program's `initialize` hook with all rows, if it has one."""
+    """Call the program's `initialize` hook with all rows (a sample of many that are not in memory)."""
     hook = program.hook("initialize")
     # a guide that is a module of its own starts after the program: it may ask where that starts
     of_guide = getattr(program.guide, "initialize", None) if isinstance(program.guide, nn.Module) else None
     started = [each for each in (hook, of_guide) if callable(each)]
     if started:
-        batch = rows.whole() if program.missing is None else program.missing.filled(rows.whole())
+        room = available()
+        batch = rows.at_most(BYTES_TO_START_FROM if room is None else min(BYTES_TO_START_FROM, room // 4), seed)
+        batch = batch if program.missing is None else program.missing.filled(batch)
         for each in dict.fromkeys(started):
             each(*batch.args, **batch.kwargs, seed=seed)
 
