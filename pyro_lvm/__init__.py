@@ -13,13 +13,14 @@ from pyro_lvm.criticism.evidence import log_evidence
 from pyro_lvm.criticism.findings import Diagnosis, Finding
 from pyro_lvm.criticism.gradients import GradientReport, gradient_report
 from pyro_lvm.criticism.runs import diagnose_runs
-from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
+from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning, StorageError
 from pyro_lvm.inference.chains import Chains
 from pyro_lvm.inference.check import check
 from pyro_lvm.inference.coordinate_ascent import coordinate_ascent
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.em import em
 from pyro_lvm.inference.fit import fit
+from pyro_lvm.inference.loading import load
 from pyro_lvm.inference.mcmc import mcmc
 from pyro_lvm.inference.record import Fit
 from pyro_lvm.inference.select import Candidate, Selection, select
@@ -57,6 +58,7 @@ __all__ = [
     "Report",
     "Selection",
     "SemiSupervisedVAE",
+    "StorageError",
     "align_components",
     "amortization_gap",
     "bits_per_dimension",
@@ -74,6 +76,7 @@ __all__ = [
     "fit",
     "gradient_report",
     "likelihoods",
+    "load",
     "log_evidence",
     "mcmc",
     "networks",
