@@ -12,12 +12,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from small_programs import data, guide_of_mean, mixture, model_of_mean, nothing, rows
 from torch import nn
 
 import pyro_lvm as lvm
 from pyro_lvm import likelihoods, networks
 from pyro_lvm.storage import classes
-from tests.small_programs import data, guide_of_mean, mixture, model_of_mean, nothing, rows
 
 SAVED = pathlib.Path(__file__).parent / "saved"
 
@@ -306,6 +306,10 @@ def test_what_cannot_be_made_again_is_refused_when_saved(tmp_path):
     fit = lvm.fit(model_of_mean, data(), guide=pyro.infer.autoguide.AutoDiagonalNormal, **TRAIN)
     with pytest.raises(lvm.StorageError, match="AutoDiagonalNormal was made from a class that a file may not name"):
         fit.save(tmp_path / "fit")
+    with pytest.warns(lvm.ProgramWarning, match="not to be trusted"):
+        chains = lvm.mcmc(model_of_mean, data(), num_draws=4, num_warmup=4, num_chains=1, seed=0)
+    with pytest.raises(lvm.StorageError, match=r"chains are saved by chains\.to_arviz\(\)\.to_netcdf"):
+        chains.save(tmp_path / "fit")
     assert not list(tmp_path.iterdir())
 
 

@@ -12,11 +12,11 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_programs import rows
 
 import pyro_lvm as lvm
 from pyro_lvm.inference.saving import CONFIG, TENSORS, sealed
 from pyro_lvm.storage.files import read_tree, write_tree
-from tests.small_programs import rows
 
 SPRUNG: list[str] = []
 
