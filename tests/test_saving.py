@@ -227,6 +227,16 @@ def test_programs_that_are_handed_in_again(name, tmp_path):
         assert torch.equal(loaded.posterior(x, 3, seed=1)["z" if name == "pyro.module" else "loc"], expected)
 
 
+def test_live_modules_get_the_values_at_the_first_evaluation(tmp_path):
+    trained, fresh, x = User(), User(), data()
+    lvm.fit(trained, x, **TRAIN).save(tmp_path / "fit")
+    loaded = lvm.load(tmp_path / "fit", fresh)
+    assert torch.equal(fresh.locs, torch.zeros(2))
+    loaded.log_prob(x, 3)
+    assert torch.equal(fresh.locs, trained.locs)
+    assert bool((fresh.locs != 0).all())
+
+
 def test_a_guide_that_was_given_beside_the_program(tmp_path):
     x = data()
     fit = lvm.fit(User(), x, guide=guide_of_mean, **TRAIN)
