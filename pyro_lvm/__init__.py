@@ -20,6 +20,7 @@ from pyro_lvm.inference.coordinate_ascent import coordinate_ascent
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.em import em
 from pyro_lvm.inference.fit import fit
+from pyro_lvm.inference.loading import load
 from pyro_lvm.inference.mcmc import mcmc
 from pyro_lvm.inference.record import Fit
 from pyro_lvm.inference.select import Candidate, Selection, select
@@ -76,6 +77,7 @@ __all__ = [
     "fit",
     "gradient_report",
     "likelihoods",
+    "load",
     "log_evidence",
     "mcmc",
     "networks",

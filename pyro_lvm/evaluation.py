@@ -53,6 +53,9 @@ class Evaluation:
                     "(model, guide) tuple"
                 )
             bound = BoundProgram(resolved)
+        if bound.first_rows is not None:
+            with isolated(0, validate=True), _missing(bound, rows):
+                bound.first_rows(bound, rows.like(bound.reference(snapshot)))
         with isolated(0, validate=True), bound.holding(snapshot), _missing(bound, rows):
             rows = rows.like(bound.reference(snapshot))
             bound.functions.dtype = bound.functions.dtype or floating_dtype(rows.first(1).tensors().values())

@@ -31,10 +31,12 @@ from torch import Tensor
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.structure import Site, Structure
 
-__all__ = ["GivenDraws", "GuideKind", "is_recipe", "make_guide"]
+__all__ = ["WORDS", "GivenDraws", "GuideKind", "is_recipe", "make_guide", "nothing_to_approximate"]
 
 GuideKind = Literal["mean_field", "full_rank", "low_rank", "map"]
 """The guides that one word asks for."""
+
+WORDS: tuple[str, ...] = get_args(GuideKind)
 
 _CLASSES: dict[str, type[AutoGuide]] = {
     "mean_field": AutoNormal,
@@ -83,7 +85,7 @@ def make_guide(
     hidden = [site.name for site in structure.latent if site.discrete]
     covered = [site for site in structure.latent if not site.discrete]
     if not covered:
-        return _nothing
+        return nothing_to_approximate
     guide_class = _CLASSES[kind] if isinstance(kind, str) else kind
     taken = inspect.signature(guide_class).parameters
     starts = "init_loc_fn" in taken and not issubclass(guide_class, AutoIAFNormal)  # which takes it and warns
@@ -117,7 +119,7 @@ def _data_plate(name: str, dim: int, *_args: Any, index: Tensor, size: int | Non
     return pyro.plate(name, size or len(index), subsample=index, dim=dim)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
+def nothing_to_approximate(*args: Any, **kwargs: Any) -> None:
     """The guide of a model in which nothing is left to approximate."""
 
 

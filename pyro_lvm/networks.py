@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyro_lvm.storage.classes import storable
+
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "LabelledMLP"]
 
 Activation = Callable[[], nn.Module]
@@ -75,6 +77,7 @@ class BatchNorm(nn.BatchNorm1d):
         return normalised.reshape(x.shape)
 
 
+@storable
 class MLP(nn.Module):
     r"""A multi-layer perceptron: affine maps with an activation between them, and none after the last.
 
@@ -117,6 +120,7 @@ class MLP(nn.Module):
             )
         self.num_inputs = num_inputs
         self.num_outputs = num_outputs
+        self._given = {"hidden": tuple(hidden), "activation": activation, "batch_norm": batch_norm}
         self.layers = nn.Sequential()
         for width_in, width_out in itertools.pairwise(widths[:-1]):
             if batch_norm:
@@ -134,6 +138,7 @@ class MLP(nn.Module):
         return y
 
 
+@storable
 class LabelledMLP(nn.Module):
     r"""A perceptron of numbers and a class label that multiplies the numbers once, whatever the labels are.
 
@@ -175,6 +180,12 @@ class LabelledMLP(nn.Module):
                 f"and num_classes={num_classes}."
             )
         self.num_inputs = num_inputs
+        self._given = {
+            "num_classes": num_classes,
+            "hidden": tuple(hidden),
+            "num_outputs": num_outputs,
+            "activation": activation,
+        }
         self.of_inputs = HiddenLinear(num_inputs, hidden[0])
         self.of_label = nn.Embedding(num_classes, hidden[0])
         self.activation = activation()
@@ -188,6 +199,7 @@ class LabelledMLP(nn.Module):
         return output
 
 
+@storable
 class ConvEncoder(nn.Module):
     r"""A convolutional encoder for square images that travel as flat rows.
 
@@ -226,6 +238,12 @@ class ConvEncoder(nn.Module):
         super().__init__()
         sides = _sides(num_features, channels, hidden_channels)
         self.num_features = num_features
+        self._given = {
+            "latent_dim": latent_dim,
+            "hidden_channels": tuple(hidden_channels),
+            "channels": channels,
+            "activation": activation,
+        }
         self.image_shape = (channels, sides[0], sides[0])
         maps = (channels, *hidden_channels)
         self.stages = nn.Sequential()
@@ -242,6 +260,7 @@ class ConvEncoder(nn.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+@storable
 class ConvDecoder(nn.Module):
     r"""A convolutional decoder to square images that travel as flat rows: `ConvEncoder` run backwards.
 
@@ -282,6 +301,13 @@ class ConvDecoder(nn.Module):
         super().__init__()
         sides = _sides(num_features, channels, hidden_channels)
         self.latent_dim = latent_dim
+        self._given = {
+            "num_features": num_features,
+            "parameters_per_feature": parameters_per_feature,
+            "hidden_channels": tuple(hidden_channels),
+            "channels": channels,
+            "activation": activation,
+        }
         self.first_shape = (hidden_channels[-1], sides[-1], sides[-1])
         self.stem = HiddenLinear(latent_dim, math.prod(self.first_shape))
         maps = (channels * parameters_per_feature, *hidden_channels)

@@ -227,6 +227,9 @@ class BoundProgram:
 
     `model` and `guide` take the data positionally (or by keyword) with ``size``, ``index`` and ``weight``; each
     reaches only a callable that names it. `pyro.param` statements are answered by this object.
+
+    Attributes:
+        first_rows: what a program from a file has still to do with the first data it sees, or None.
     """
 
     def __init__(
@@ -238,6 +241,7 @@ class BoundProgram:
         meet: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self.functions = FunctionParameters(dtype, device, meet)
+        self.first_rows: Callable[[BoundProgram, Any], None] | None = None
         self.model = bind(program.model, program.keywords["model"], self.functions)
         if make_guide is not None:
             program = program.with_guide(make_guide(self.model))

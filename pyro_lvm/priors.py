@@ -16,9 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_lvm.storage.classes import storable
+
 __all__ = ["NormalInverseWishart", "weakly_informative"]
 
 
+@storable
 @dataclass(frozen=True, eq=False)
 class NormalInverseWishart:
     r"""Conjugate prior of a Gaussian mixture: Dirichlet weights, normal-inverse-Wishart components.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from pyro_lvm.criticism.predictive import draw_posterior
 from pyro_lvm.data import Rows, as_rows
-from pyro_lvm.errors import ProgramError
+from pyro_lvm.errors import ProgramError, StorageError
 from pyro_lvm.evaluation import Evaluation
 from pyro_lvm.guides import GivenDraws
 from pyro_lvm.inference.export import GROUPS, Export, at_least_one, export, refuse_unknown
@@ -69,6 +70,14 @@ class Chains:
             f"Chains of {info['program']} on {info['n']} data by NUTS: {info['num_chains']} chains of "
             f"{info['num_draws']} draws after {info['num_warmup']} of warm-up, {sum(info['divergences'])} divergences"
         )
+
+    def save(self, path: str | os.PathLike[str]) -> NoReturn:
+        """Refuse: draws are kept in ArviZ's own format, by ``to_arviz().to_netcdf(path)``.
+
+        Raises:
+            StorageError: always.
+        """
+        raise StorageError(f"{path} is not written: chains are saved by chains.to_arviz().to_netcdf(path)")
 
     def posterior(self, x: Any = None, num_draws: int | None = None, seed: int | None = None) -> Posterior:
         """Draws of every latent site, the chains one after the other.

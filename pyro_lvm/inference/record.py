@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from pyro_lvm.criticism.weights import point_estimates
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
 from pyro_lvm.inference.export import GROUPS, Export, at_least_one, export, refuse_unknown
+from pyro_lvm.inference.saving import write_fit
 from pyro_lvm.parameters import BoundProgram, Snapshot
 from pyro_lvm.posterior import Posterior
 from pyro_lvm.structure import Structure
@@ -227,6 +229,21 @@ class Fit:
         if not _has_parameter_posterior(Evaluation.of(self, x).structure):
             raise ProgramError(f"{NO_LOO}. Give the parameters priors, or compare log_evidence on held-out data")
         return loo(self.to_arviz(x, num_draws, ("posterior", "log_likelihood"), seed=seed), **options)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fit to a folder that `pyro_lvm.load` reads.
+
+        ``config.json`` says what it is, ``tensors.safetensors`` holds the numbers; there is no pickle. Digests notice
+        accidents, not forgery.
+
+        Args:
+            path: the folder; new, empty, or with a saved fit, whose place this one takes when it is whole.
+
+        Raises:
+            StorageError: if the folder holds something else, the system refuses, or the guide cannot be made again
+                from a file (``amortized=False``).
+        """
+        write_fit(self, path)
 
     def _attributes(self, structure: Structure) -> dict[str, str | float]:
         given = _has_parameter_posterior(structure)

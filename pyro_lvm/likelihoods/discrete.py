@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_lvm.likelihoods.base import Likelihood, check_floor
+from pyro_lvm.storage.classes import storable
 
 __all__ = ["Bernoulli", "Categorical", "Poisson"]
 
 
+@storable
 class Bernoulli(Likelihood):
     r"""Ones and zeros.
 
@@ -35,6 +37,7 @@ class Bernoulli(Likelihood):
         return dist.Independent(dist.Bernoulli(logits=logits), 1)
 
 
+@storable
 class Categorical(Likelihood):
     r"""Pixels (or other features) that take one of a few unordered integer values.
 
@@ -59,7 +62,7 @@ class Categorical(Likelihood):
         super().__init__(num_features)
         if num_categories < 2:
             raise ValueError(f"num_categories must be at least 2, but got {num_categories}.")
-        self.num_parameters = num_categories
+        self.num_categories = self.num_parameters = num_categories
 
     def forward(self, raw: Tensor) -> TorchDistribution:
         """Categorical with logits raw, shape (..., num_features * num_categories)."""
@@ -71,6 +74,7 @@ class Categorical(Likelihood):
         return probabilities @ torch.arange(self.num_parameters, dtype=raw.dtype, device=raw.device)
 
 
+@storable
 class Poisson(Likelihood):
     r"""Counts.
 

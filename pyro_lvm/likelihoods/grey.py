@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_lvm.likelihoods.base import Likelihood
+from pyro_lvm.storage.classes import storable
 
 __all__ = ["ContinuousBernoulli", "TiltedUniform"]
 
@@ -23,6 +24,7 @@ _SLOPE = (1 / 3, -1 / 45, 2 / 945, -1 / 4725, 2 / 93555, -1382 / 638512875)
 _CURVATURE = (1 / 3, -1 / 15, 2 / 189, -1 / 675, 2 / 10395, -1382 / 58046625)
 
 
+@storable
 class ContinuousBernoulli(Likelihood):
     r"""Grey levels in [0, 1], with the normalising constant that a Bernoulli density lacks there.
 

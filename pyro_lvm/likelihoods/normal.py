@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_lvm.likelihoods.base import Likelihood, check_floor
+from pyro_lvm.storage.classes import storable
 
 __all__ = ["Normal", "NormalFixed", "NormalPerDatum", "NormalPerFeature"]
 
 
+@storable
 class NormalFixed(Likelihood):
     r"""Real data with a noise scale that is given and not learned.
 
@@ -49,6 +51,7 @@ class NormalFixed(Likelihood):
         return dist.Independent(dist.Normal(loc, self.scale), 1)
 
 
+@storable
 class Normal(Likelihood):
     r"""Real data with one learned noise scale for all features.
 
@@ -108,6 +111,7 @@ class Normal(Likelihood):
         return dist.Independent(dist.Normal(loc, self.scale), 1)
 
 
+@storable
 class NormalPerFeature(Normal):
     r"""Real data with a learned noise scale for every feature, the same for all data.
 
@@ -125,6 +129,7 @@ class NormalPerFeature(Normal):
         return (self.num_features,)
 
 
+@storable
 class NormalPerDatum(Likelihood):
     r"""Real data whose location and noise scale both come from the decoder.
 

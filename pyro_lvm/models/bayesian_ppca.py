@@ -19,10 +19,12 @@ from pyro_lvm.models.bayesian_ppca_updates import (
 )
 from pyro_lvm.models.mixture_prior import global_site
 from pyro_lvm.prior_distributions import InUnits
+from pyro_lvm.storage.classes import storable
 
 __all__ = ["BayesianPPCA"]
 
 
+@storable
 class BayesianPPCA(nn.Module):
     r"""Probabilistic PCA with a prior over all its parameters and automatic relevance determination.
 
@@ -97,6 +99,7 @@ class BayesianPPCA(nn.Module):
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value}; it must be positive and finite, for example 1e-3")
         self.num_features, self.latent_dim = num_features, latent_dim
+        self._given = {"shape": shape, "rate": rate, "mean_precision": mean_precision}
         self.hyperparameters = Hyperparameters(shape, rate, mean_precision)
         # q in standardised units; Gammas by the logarithms of mean and shape
         self._relevance = nn.Parameter(torch.empty(2, latent_dim))

@@ -6,10 +6,12 @@ import pyro
 from torch import Tensor
 
 from pyro_lvm.models.linear_gaussian import LinearGaussianModel
+from pyro_lvm.storage.classes import storable
 
 __all__ = ["FactorAnalysis"]
 
 
+@storable
 class FactorAnalysis(LinearGaussianModel):
     r"""Factor analysis: a linear-Gaussian latent variable model in which every feature has its own noise.
 

@@ -39,10 +39,12 @@ from pyro_lvm.models.mixture_prior import conjugate_prior, fitting_concentration
 from pyro_lvm.models.mixture_updates import MixtureUpdates
 from pyro_lvm.parameters import generator_for
 from pyro_lvm.priors import NormalInverseWishart
+from pyro_lvm.storage.classes import storable
 
 __all__ = ["GaussianMixture"]
 
 
+@storable
 class GaussianMixture(InformationCriteria, nn.Module):
     r"""Gaussian mixture with its label enumerated, by maximum likelihood or with a prior over its parameters.
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from pyro_lvm.models.linear_gaussian import GuideCovariance, LinearGaussianModel
+from pyro_lvm.storage.classes import storable
 
 __all__ = ["PPCA"]
 
 
+@storable
 class PPCA(LinearGaussianModel):
     r"""Probabilistic PCA: a linear-Gaussian latent variable model with the same noise in every direction.
 

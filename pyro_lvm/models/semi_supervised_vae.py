@@ -16,10 +16,12 @@ from pyro_lvm.likelihoods import make_likelihood
 from pyro_lvm.models.amortised import DiagonalNormal, evaluating, matching, require_columns
 from pyro_lvm.models.classifier_smoothness import classifier_smoothness
 from pyro_lvm.networks import MLP, LabelledMLP
+from pyro_lvm.storage.classes import storable
 
 __all__ = ["SemiSupervisedVAE"]
 
 
+@storable
 class SemiSupervisedVAE(nn.Module):
     r"""Kingma's M2: a VAE whose class label is observed for some data and latent for the others.
 
@@ -110,6 +112,7 @@ class SemiSupervisedVAE(nn.Module):
         self.classifier_weight, self.smoothness_weight = classifier_weight, smoothness_weight
         self.labelled_share = labelled_share
         self.encoder_sees_label = encoder_sees_label
+        self._given = {"hidden": tuple(hidden), "classifier": classifier, "encoder": encoder, "decoder": decoder}
         self.likelihood: Any = make_likelihood(likelihood, num_features)
         self.classifier = classifier or MLP(num_features, hidden, num_classes, batch_norm=True)
         if encoder is None:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from pyro_lvm.likelihoods import make_likelihood
 from pyro_lvm.models.amortised import DiagonalNormal, PriorScale, evaluating, matching, require_columns
 from pyro_lvm.networks import MLP
+from pyro_lvm.storage.classes import storable
 
 __all__ = ["VAE"]
 
 
+@storable
 class VAE(nn.Module):
     r"""A variational autoencoder: a deep latent variable model with an amortised guide.
 
@@ -70,6 +72,12 @@ class VAE(nn.Module):
         if num_features < 1 or latent_dim < 1:
             raise ValueError(f"num_features={num_features} and latent_dim={latent_dim} must both be at least 1")
         self.num_features, self.latent_dim = num_features, latent_dim
+        self._given = {
+            "hidden": tuple(hidden),
+            "encoder": encoder,
+            "decoder": decoder,
+            "learn_prior_scale": learn_prior_scale,
+        }
         self.likelihood: Any = make_likelihood(likelihood, num_features)
         num_outputs = num_features * self.likelihood.num_parameters
         self.encoder = DiagonalNormal(encoder or MLP(num_features, hidden, 2 * latent_dim), latent_dim, "encoder")

@@ -1,0 +1,171 @@
+"""A fit written to a folder: what it is in JSON that can be read, its tensors beside it, and no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from pyro_lvm.errors import StorageError
+from pyro_lvm.guides import WORDS, nothing_to_approximate
+from pyro_lvm.parameters import BoundProgram, isolated
+from pyro_lvm.program import Program, as_program
+from pyro_lvm.storage.classes import built, described
+from pyro_lvm.storage.files import read_file, write_file, write_tree
+from pyro_lvm.storage.tree import pack
+
+__all__ = ["CONFIG", "FORMAT", "TENSORS", "room_for", "sealed", "write_fit"]
+
+CONFIG, TENSORS = "config.json", "tensors.safetensors"
+FORMAT = 1
+
+
+def write_fit(fit: Any, path: str | os.PathLike[str]) -> None:
+    """Write a `Fit` to the folder ``path``; `pyro_lvm.load` reads it.
+
+    Raises:
+        StorageError: if the fit cannot be written without code, the folder holds something else, or the system refuses.
+    """
+    bound: BoundProgram = fit._bound
+    folder = Path(path)
+    _refuse_foreign(folder)
+    missing = bound.program.missing
+    guide = _guide(fit)
+    content = {
+        "library": "pyro_lvm",
+        "format": FORMAT,
+        "program": _program(bound.program, guide, fit._snapshot),
+        "guide": guide,
+        "elbo": fit.elbo,
+        "info": dict(fit.info),
+        "history": dict(fit.history),
+    }
+    plain, tensors = pack(content, "config")
+    tree = {
+        "params": dict(fit.params),
+        "snapshot": dict(fit._snapshot),
+        "missing": None if missing is None else {"args": missing.args, "kwargs": dict(missing.kwargs)},
+        "config": tensors,
+    }
+    _write_folder(folder, plain, tree)
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what the configuration says, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def room_for(snapshot: Mapping[str, Tensor]) -> int:
+    """How many numbers a tensor of a program with these parameters may have."""
+    return 4096 + sum(tensor.numel() for tensor in snapshot.values())
+
+
+def _guide(fit: Any) -> dict[str, Any]:
+    """How the guide is to be had again."""
+    program: Program = fit._bound.program
+    word = fit.info["guide"]
+    if word == "per datum":
+        raise StorageError(
+            "this fit has a guide with parameters for each datum (amortized=False), which cannot be made without the "
+            "data: save the fit that it started from"
+        )
+    guide = program.guide
+    own = as_program(program.source).guide
+    if program.missing is not None:
+        guide = getattr(guide, "__wrapped__", guide)
+    if own is not None and guide == own:
+        return {"kind": "own"}
+    waiting = fit._bound.first_rows is not None  # loaded, and not asked anything yet
+    made = waiting or guide is nothing_to_approximate or isinstance(guide, AutoGuide)
+    if made and word in WORDS:
+        return {"kind": "recipe", "recipe": word}
+    if made and word != "given":
+        words = ", ".join(map(repr, WORDS))
+        raise StorageError(
+            f"the guide {word} was made from a class that a file may not name: fit with one of {words}, or pass an "
+            "object, guide=AutoGuideClass(model)"
+        )
+    if word == "conjugate":
+        if program.hook("conjugate_guide") is None:
+            raise StorageError(
+                f"{program.name} gives its guide only together with its updates: give it a method conjugate_guide() "
+                "that returns a new one"
+            )
+        return {"kind": "conjugate"}
+    return {"kind": "beside"}
+
+
+def _program(program: Program, guide: Mapping[str, Any], snapshot: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the program is made of, if that is ours alone; else what it is called."""
+    source = program.source
+    named = {"class": None, "name": program.name, "from": _origins(source)}
+    if guide["kind"] == "beside":
+        return named
+    try:
+        tree = described(source, program.name)
+        with isolated(0):
+            again = built(tree, room_for(snapshot))
+    except StorageError:
+        return named
+    # who has put another network into it must bring it along
+    same = isinstance(tree, dict) and "class" in tree and repr(again) == repr(source)
+    return {**named, **tree} if same else named
+
+
+def _origins(source: Any) -> list[str]:
+    parts = source if isinstance(source, tuple) else (source,)
+    named = (part if hasattr(part, "__qualname__") else type(part) for part in parts)
+    return [f"{part.__module__}.{part.__qualname__}" for part in named]
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise StorageError(f"{folder} is a file: name a folder that is not there yet")
+    found = {entry.name for entry in folder.iterdir()}
+    if not found:
+        return
+    try:
+        config = json.loads(read_file(folder / CONFIG)) if found <= {CONFIG, TENSORS} else None
+    except (StorageError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or config.get("library") != "pyro_lvm":
+        raise StorageError(f"{folder} holds something other than a saved fit: name an empty folder, or one not there")
+
+
+def _write_folder(folder: Path, plain: dict[str, Any], tree: Any) -> None:
+    """Write both files beside ``folder`` and put them in its place when they are whole."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    old = folder.with_name(f"{folder.name}.{os.getpid()}.old")
+    try:
+        temporary.mkdir(parents=True)
+        try:
+            write_tree(temporary / TENSORS, tree)
+            plain["tensors"] = hashlib.sha256(read_file(temporary / TENSORS)).hexdigest()
+            text = json.dumps({**plain, "sha256": sealed(plain)}, indent=1)
+            write_file(temporary / CONFIG, text.encode())
+            if folder.exists():
+                folder.rename(old)
+            try:
+                temporary.rename(folder)
+            except BaseException:
+                if old.exists():
+                    old.rename(folder)
+                raise
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written ({error.strerror or error}): see to room and permissions on that disk, or "
+            "name another folder"
+        ) from error

@@ -1,0 +1,398 @@
+"""A fit on disk: what comes back is the fit that was saved, to the bit, or an error that names the folder."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pathlib
+import subprocess
+import sys
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from small_programs import data, guide_of_mean, mixture, model_of_mean, nothing, rows
+from torch import nn
+
+import pyro_lvm as lvm
+from pyro_lvm import likelihoods, networks
+from pyro_lvm.storage import classes
+
+SAVED = pathlib.Path(__file__).parent / "saved"
+
+
+def binary(n=40, columns=4, seed=0):
+    return (rows(n, columns, seed, torch.float32) > 0).float()
+
+
+def with_gaps():
+    x = rows(40, 3)
+    x[::5, 0] = torch.nan
+    return x
+
+
+def prior(num_components=2):
+    return lvm.priors.weakly_informative(rows(), num_components)
+
+
+def labelled():
+    y = torch.arange(40) % 3 - 1
+    return binary(), y
+
+
+TRAIN = {"steps": 4, "seed": 1}
+
+BUILT_IN = {
+    **{
+        f"mixture, {kind}": (lambda kind=kind: lvm.GaussianMixture(2, 3, kind), rows, {})
+        for kind in ("full", "tied", "diag", "spherical")
+    },
+    **{
+        f"mixture with a prior, {kind}": (lambda kind=kind: lvm.GaussianMixture(2, 3, kind, prior()), rows, {})
+        for kind in ("full", "tied", "diag", "spherical")
+    },
+    "mixture with a prior, map": (lambda: lvm.GaussianMixture(2, 3, prior=prior()), rows, {"guide": "map"}),
+    "mixture with gaps": (lambda: lvm.GaussianMixture(2, 3), with_gaps, {"missing": "marginalize"}),
+    "ppca": (lambda: lvm.PPCA(3, 2), rows, {}),
+    "ppca, full": (lambda: lvm.PPCA(3, 2, "full"), lambda: rows(dtype=torch.float32), {}),
+    "ppca with gaps": (lambda: lvm.PPCA(3, 1), with_gaps, {"missing": "marginalize"}),
+    "factor analysis": (lambda: lvm.FactorAnalysis(3, 1), rows, {}),
+    "bayesian ppca": (lambda: lvm.BayesianPPCA(3, 2, shape=0.1), rows, {}),
+    "vae": (lambda: lvm.VAE(4, 2, hidden=(5, 3)), binary, {"batch_size": 10}),
+    "vae, others' parts": (
+        lambda: lvm.VAE(
+            4,
+            2,
+            likelihood=likelihoods.Normal(4, floor=0.01),
+            encoder=networks.MLP(4, (3,), 4, nn.Tanh),
+            decoder=networks.MLP(2, (), 4),
+            learn_prior_scale=True,
+        ),
+        lambda: rows(40, 4),
+        {},
+    ),
+    "semi-supervised vae": (lambda: lvm.SemiSupervisedVAE(4, 2, 2, hidden=(5,)), labelled, {}),
+}
+
+
+def asked(fit, x):
+    """What a fit can be asked, with fixed seeds."""
+    answers = {"elbo": torch.tensor(fit.elbo), **{f"params {name}": value for name, value in fit.params.items()}}
+    posterior = fit.posterior(x, num_draws=3, seed=5)
+    answers.update({f"posterior {name}": posterior[name] for name in posterior})
+    answers["log_prob"] = fit.log_prob(x, num_samples=3, seed=6)
+    if "map" not in fit.info["guide"]:
+        answers["evidence"] = lvm.log_evidence(fit, x, num_samples=3, seed=7)
+    if fit.info["program"] == "GaussianMixture":
+        answers["responsibilities"] = fit.responsibilities(x, num_samples=3, seed=8)
+    return answers
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert value.dtype == right[name].dtype, name
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_what_is_loaded_answers_as_what_was_saved(name, tmp_path):
+    make, draw, options = BUILT_IN[name]
+    x = draw()
+    fit = lvm.fit(make(), x, **TRAIN, **options)
+    fit.save(tmp_path / "fit")
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    loaded = lvm.load(tmp_path / "fit")
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert loaded.program is not fit.program
+    assert repr(loaded.program) == repr(fit.program)
+    assert repr(loaded) == repr(fit)
+    assert loaded.history == dict(fit.history)
+    assert loaded.info == fit.info
+    same(asked(loaded, x), asked(fit, x))
+
+
+def test_a_fit_that_was_loaded_can_be_saved_again(tmp_path):
+    x = rows()
+    for make, options in ((lambda: lvm.PPCA(3, 1), {}), (lambda: lvm.GaussianMixture(2, 3, prior=prior()), {})):
+        fit = lvm.fit(make(), x, **TRAIN, **options)
+        fit.save(tmp_path / "fit")
+        lvm.load(tmp_path / "fit").save(tmp_path / "fit")
+        same(asked(lvm.load(tmp_path / "fit"), x), asked(fit, x))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["fit"]
+
+
+def test_closed_forms(tmp_path):
+    x = rows()
+    fits = (
+        lvm.em(lvm.GaussianMixture(2, 3), x, seed=0),
+        lvm.em(lvm.GaussianMixture(2, 3, prior=prior()), x, seed=0),
+        lvm.em(lvm.PPCA(3, 1), x, seed=0),
+        lvm.coordinate_ascent(lvm.GaussianMixture(2, 3, prior=prior()), x, seed=0, max_iter=5),
+        lvm.coordinate_ascent(lvm.BayesianPPCA(3, 2), x, seed=0, max_iter=5),
+    )
+    for number, fit in enumerate(fits):
+        fit.save(tmp_path / f"{number}")
+        same(asked(lvm.load(tmp_path / f"{number}"), x), asked(fit, x))
+
+
+IN_A_NEW_PROCESS = """
+import sys, torch, pyro_lvm as lvm
+from safetensors.torch import load_file, save_file
+fit = lvm.load(sys.argv[1])
+x = load_file(sys.argv[2])["x"]
+save_file({"drawn": fit.posterior(x, num_draws=3, seed=5)["z"].clone(), "log_prob": fit.log_prob(x, 3, 6)}, sys.argv[3])
+"""
+
+
+def test_a_new_process_needs_nothing_but_the_folder(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    x = binary()
+    fit = lvm.fit(lvm.VAE(4, 2, hidden=(5,)), x, **TRAIN)
+    fit.save(tmp_path / "fit")
+    save_file({"x": x}, tmp_path / "x")
+    arguments = [str(tmp_path / name) for name in ("fit", "x", "out")]
+    run = subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = load_file(tmp_path / "out")
+    assert torch.equal(found["drawn"], fit.posterior(x, num_draws=3, seed=5)["z"])
+    assert torch.equal(found["log_prob"], fit.log_prob(x, 3, 6))
+
+
+# ------------------------------------------------------------------------------------------- what a user brings along
+
+
+def deep(x, size=None):
+    scale = pyro.param("scale", torch.tensor(0.5), constraint=dist.constraints.positive)
+    net = pyro.module("net", NETS["live"])
+    with pyro.plate("data", size or len(x), subsample=x):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(net(z[..., None])[..., 0], scale), obs=x)
+
+
+def deep_guide(x, size=None):
+    weight = pyro.param("weight", torch.tensor(0.5))
+    with pyro.plate("data", size or len(x), subsample=x):
+        pyro.sample("z", dist.Normal(weight * x, 0.7))
+
+
+NETS: dict[str, nn.Module] = {}
+
+
+class User(nn.Module):
+    def __init__(self, width=2):
+        super().__init__()
+        self.locs = nn.Parameter(torch.zeros(width))
+
+    def model(self, x, size=None):
+        loc = pyro.sample("loc", dist.Normal(self.locs.new_zeros(()), 3.0))
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(loc + self.locs.sum(), 1.0), obs=x)
+
+
+GIVEN = {
+    "a pair": (lambda: (model_of_mean, guide_of_mean), {}),
+    "a pair without a latent": (lambda: (mixture, nothing), {}),
+    "a lone model": (lambda: model_of_mean, {}),
+    "a lone model, full rank": (lambda: model_of_mean, {"guide": "full_rank"}),
+    "an object": (User, {}),
+    "pyro.module": (lambda: (deep, deep_guide), {}),
+    "another guide, gaps": (lambda: (model_of_mean, guide_of_mean), {"missing": "marginalize"}),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_programs_that_are_handed_in_again(name, tmp_path):
+    make, options = GIVEN[name]
+    NETS["live"] = nn.Linear(1, 1)
+    x = data()
+    if "missing" in options:
+        x[3] = torch.nan
+    fit = lvm.fit(make(), x, **TRAIN, **options)
+    posterior = name != "a pair without a latent"
+    expected = fit.posterior(x, 3, seed=1)["z" if name == "pyro.module" else "loc"] if posterior else None
+    expected_log_prob = fit.log_prob(x, 3, seed=2)
+    fit.save(tmp_path / "fit")
+    with pytest.raises(lvm.StorageError, match=r"is code, which no file holds: pass program="):
+        lvm.load(tmp_path / "fit")
+    torch.manual_seed(99)
+    NETS["live"] = nn.Linear(1, 1)
+    loaded = lvm.load(tmp_path / "fit", make())
+    same(dict(loaded.params), dict(fit.params))
+    assert torch.equal(loaded.log_prob(x, 3, seed=2), expected_log_prob)
+    if posterior:
+        assert torch.equal(loaded.posterior(x, 3, seed=1)["z" if name == "pyro.module" else "loc"], expected)
+
+
+def test_live_modules_get_the_values_at_the_first_evaluation(tmp_path):
+    trained, fresh, x = User(), User(), data()
+    lvm.fit(trained, x, **TRAIN).save(tmp_path / "fit")
+    loaded = lvm.load(tmp_path / "fit", fresh)
+    assert torch.equal(fresh.locs, torch.zeros(2))
+    loaded.log_prob(x, 3)
+    assert torch.equal(fresh.locs, trained.locs)
+    assert bool((fresh.locs != 0).all())
+
+
+def test_a_guide_that_was_given_beside_the_program(tmp_path):
+    x = data()
+    fit = lvm.fit(User(), x, guide=guide_of_mean, **TRAIN)
+    fit.save(tmp_path / "fit")
+    with pytest.raises(lvm.StorageError, match=r"pass program=\(program, guide\)"):
+        lvm.load(tmp_path / "fit", User())
+    loaded = lvm.load(tmp_path / "fit", (User(), guide_of_mean))
+    assert torch.equal(loaded.log_prob(x, 3, seed=2), fit.log_prob(x, 3, seed=2))
+
+
+def test_a_network_of_ones_own_has_to_be_brought_along(tmp_path):
+    def make():
+        return lvm.VAE(4, 2, encoder=nn.Sequential(nn.Linear(4, 4)))
+
+    x = binary()
+    fit = lvm.fit(make(), x, **TRAIN)
+    fit.save(tmp_path / "fit")
+    with pytest.raises(lvm.StorageError, match=r"'VAE' .* is code, which no file holds"):
+        lvm.load(tmp_path / "fit")
+    vae = make()
+    loaded = lvm.load(tmp_path / "fit", vae)
+    same(asked(loaded, x), asked(fit, x))
+    assert torch.equal(vae.encode(x).mean, fit.program.encode(x).mean)
+
+
+def test_a_network_that_was_exchanged_has_to_be_brought_along(tmp_path):
+    vae = lvm.VAE(4, 2, hidden=(5,))
+    vae.decoder.layers[1] = nn.Tanh()
+    lvm.fit(vae, binary(), **TRAIN).save(tmp_path / "fit")
+    with pytest.raises(lvm.StorageError, match=r"is code, which no file holds"):
+        lvm.load(tmp_path / "fit")
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_shapes_are_compared_before_anything_moves(tmp_path):
+    lvm.fit(User(), data(), **TRAIN).save(tmp_path / "fit")
+    wrong = User(3)
+    with pytest.raises(lvm.StorageError, match=r"'locs' of User is torch.float64 of shape \(3,\).* of shape \(2,\)"):
+        lvm.load(tmp_path / "fit", wrong)
+    assert torch.equal(wrong.locs, torch.zeros(3))
+    assert wrong.locs.dtype == torch.float32
+
+
+def test_another_program_is_refused_by_name(tmp_path):
+    lvm.fit(lvm.PPCA(3, 1), rows(), **TRAIN).save(tmp_path / "fit")
+    with pytest.raises(lvm.StorageError, match=r"holds a fit of 'PPCA', and program is FactorAnalysis"):
+        lvm.load(tmp_path / "fit", lvm.FactorAnalysis(3, 1))
+
+
+def test_parameters_made_on_the_way_are_compared_at_the_first_evaluation(tmp_path):
+    def model(x, size=None):
+        loc = pyro.param("loc", torch.zeros(WIDTH["now"]))
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(loc.sum(), 1.0), obs=x)
+
+    WIDTH["now"] = 2
+    x = data()
+    fit = lvm.fit((model, nothing), x, **TRAIN)
+    fit.save(tmp_path / "fit")
+    loaded = lvm.load(tmp_path / "fit", (model, nothing))
+    WIDTH["now"] = 3
+    with pytest.raises(lvm.StorageError, match=r"'loc' of \(model, nothing\).*\(3,\).*\(2,\)"):
+        loaded.log_prob(x)
+    WIDTH["now"] = 2
+    assert torch.equal(loaded.log_prob(x), fit.log_prob(x))
+
+
+WIDTH: dict[str, int] = {}
+
+
+def test_what_cannot_be_made_again_is_refused_when_saved(tmp_path):
+    fit = lvm.fit(lvm.VAE(4, 2, hidden=(3,)), binary(), amortized=False, **TRAIN)
+    with pytest.raises(lvm.StorageError, match=r"parameters for each datum \(amortized=False\)"):
+        fit.save(tmp_path / "fit")
+    fit = lvm.fit(model_of_mean, data(), guide=pyro.infer.autoguide.AutoDiagonalNormal, **TRAIN)
+    with pytest.raises(lvm.StorageError, match="AutoDiagonalNormal was made from a class that a file may not name"):
+        fit.save(tmp_path / "fit")
+    with pytest.warns(lvm.ProgramWarning, match="not to be trusted"):
+        chains = lvm.mcmc(model_of_mean, data(), num_draws=4, num_warmup=4, num_chains=1, seed=0)
+    with pytest.raises(lvm.StorageError, match=r"chains are saved by chains\.to_arviz\(\)\.to_netcdf"):
+        chains.save(tmp_path / "fit")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_a_saved_fit_is_written_over(tmp_path):
+    fit = lvm.fit(lvm.PPCA(3, 1), rows(), **TRAIN)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(lvm.StorageError, match="mine holds something other than a saved fit"):
+        fit.save(tmp_path / "mine")
+    with pytest.raises(lvm.StorageError, match=r"thesis\.tex is a file"):
+        fit.save(tmp_path / "mine" / "thesis.tex")
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+    (tmp_path / "empty").mkdir()
+    fit.save(tmp_path / "empty")
+    fit.save(tmp_path / "empty")
+    assert sorted(p.name for p in (tmp_path / "empty").iterdir()) == ["config.json", "tensors.safetensors"]
+
+
+def test_a_folder_that_is_none_of_ours(tmp_path):
+    with pytest.raises(lvm.StorageError, match=r"config\.json cannot be read"):
+        lvm.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(lvm.StorageError, match=r"is no saved fit of pyro_lvm"):
+        lvm.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"library": "pyro_lvm", "format": 2}')
+    with pytest.raises(lvm.StorageError, match=r"has format 2, and this version reads format 1: update pyro_lvm"):
+        lvm.load(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+EXAMPLES = [
+    lvm.GaussianMixture(2, 3, "diag", prior(), 1e-3),
+    lvm.PPCA(3, 1, "full"),
+    lvm.FactorAnalysis(3, 2),
+    lvm.BayesianPPCA(4, 2, 0.1, 0.2, 0.3),
+    lvm.VAE(16, 2, (3,), "poisson", learn_prior_scale=True),
+    lvm.VAE(16, 2, encoder=networks.ConvEncoder(16, 2, (2,)), decoder=networks.ConvDecoder(2, 16, 1, (2,))),
+    lvm.SemiSupervisedVAE(4, 2, 2, (3,), labelled_share=0.1, encoder_sees_label=False),
+    networks.LabelledMLP(3, 2, (4,), 2, nn.Softplus),
+    networks.MLP(3, (2,), 1, nn.Tanh, True),
+    networks.ConvEncoder(16, 2, (2,)),
+    networks.ConvDecoder(2, 16, 1, (2,)),
+    *(kind(3) for kind in (likelihoods.Bernoulli, likelihoods.NormalPerFeature, likelihoods.ContinuousBernoulli)),
+    likelihoods.Normal(3, 2.0, 0.1),
+    likelihoods.NormalFixed(3, 2.0),
+    likelihoods.NormalPerDatum(3, 0.1),
+    likelihoods.Poisson(3, 0.1),
+    likelihoods.Categorical(3, 5),
+]
+
+
+@pytest.mark.parametrize("thing", EXAMPLES, ids=lambda thing: type(thing).__name__)
+def test_constructor_arguments_are_found_again(thing):
+    tree = classes.described(thing, "it")
+    again = classes.built(tree, 10_000)
+    assert repr(classes.described(again, "it")) == repr(tree)
+    assert repr(again) == repr(thing)
+    assert set(tree["arguments"]) == set(inspect.signature(type(thing)).parameters)
+
+
+def test_every_class_of_the_table_has_an_example():
+    assert set(classes._ALLOWED) == {type(thing).__name__ for thing in EXAMPLES} | {"NormalInverseWishart"}
+
+
+# ------------------------------------------------------------------------------------------------------------- for ever
+
+
+@pytest.mark.parametrize("name", ["gaussian_mixture", "vae"])
+def test_fits_of_format_1_load_for_ever(name):
+    fit = lvm.load(SAVED / name)
+    expected = json.loads((SAVED / f"{name}.json").read_text())
+    x = torch.tensor(expected["x"])
+    assert fit.elbo == expected["elbo"]
+    found = fit.program.encode(x).mean if name == "vae" else fit.log_prob(x)
+    torch.testing.assert_close(found, torch.tensor(expected["found"]), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,254 @@
+"""Folders that an accident or an enemy has been at: an error of ours or the right answer, and never their code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import random
+import shutil
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_programs import rows
+
+import pyro_lvm as lvm
+from pyro_lvm.inference.saving import CONFIG, TENSORS, sealed
+from pyro_lvm.storage.files import read_tree, write_tree
+
+SPRUNG: list[str] = []
+
+
+def spring(word):
+    SPRUNG.append(word)
+
+
+class Trap:
+    def __reduce__(self):
+        return spring, ("sprung",)
+
+
+HOSTILE = [
+    None,
+    True,
+    -1,
+    0,
+    10**12,
+    2**200,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "$tensor",
+    "os.system",
+    "../../etc/passwd",
+    "x" * 10_000,
+    [],
+    {},
+    [[[[[]]]]],
+    {"$tensor": "nowhere"},
+    {"$tuple": 3},
+    {"$items": [[[], 1]]},
+    {"class": "os.system", "arguments": {"command": "true"}},
+    {"class": "VAE", "arguments": {"num_features": 10**6, "latent_dim": 10**6}},
+    {"class": ["PPCA"], "arguments": {}},
+    {"activation": "ReLU"},
+    {"activation": []},
+    [10**5] * 5,
+    [0] * 100,
+]
+
+
+def fits():
+    x = rows(30, 4, dtype=torch.float32)
+    prior = lvm.priors.weakly_informative(x, 2)
+    yield lvm.fit(lvm.PPCA(4, 2), x, steps=2, seed=0)
+    yield lvm.em(lvm.GaussianMixture(2, 4), x, seed=0, missing="marginalize")
+    yield lvm.fit(lvm.GaussianMixture(2, 4, prior=prior), x, steps=2, seed=0)
+    yield lvm.fit(lvm.VAE(4, 2, hidden=(3,), likelihood="normal"), x, steps=2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    found = []
+    for number, fit in enumerate(fits()):
+        fit.save(folder / f"{number}")
+        files = {name: (folder / f"{number}" / name).read_bytes() for name in (CONFIG, TENSORS)}
+        found.append((fit, files))
+    return found
+
+
+def judge(folder, fit=None):
+    """Load it: an error of ours, or a fit; where nobody has sealed it anew, the one that was saved."""
+    try:
+        loaded = lvm.load(folder)
+    except lvm.StorageError as error:
+        if str(folder) not in str(error):
+            pytest.fail(f"the folder is not named: {error}")
+        return False
+    if fit is not None:
+        assert loaded.elbo == fit.elbo
+        assert loaded.info == fit.info
+        assert loaded._snapshot.keys() == fit._snapshot.keys()
+        assert all(torch.equal(value, fit._snapshot[name]) for name, value in loaded._snapshot.items())
+    repr(loaded)
+    return True
+
+
+def put(folder, files):
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def damaged(content, draw):
+    kind = draw.randrange(4)
+    at = draw.randrange(len(content))
+    if kind == 0:
+        return content[:at]
+    changed = bytearray(content)
+    if kind == 1:
+        changed[at] ^= 1 << draw.randrange(8)
+    elif kind == 2:
+        changed[at : at + draw.randrange(1, 20)] = draw.randbytes(draw.randrange(20))
+    else:
+        changed += draw.randbytes(draw.randrange(1, 9))
+    return bytes(changed)
+
+
+def test_accidents(saved, tmp_path):
+    draw, loaded = random.Random(0), 0
+    for number in range(1600):
+        fit, files = saved[number % len(saved)]
+        name = draw.choice((CONFIG, TENSORS))
+        put(tmp_path / "fit", files | {name: damaged(files[name], draw)})
+        loaded += judge(tmp_path / "fit", fit)
+    assert loaded < 160  # a blank more or less between words of JSON is no damage
+
+
+def test_files_that_are_exchanged_or_gone(saved, tmp_path):
+    for i, (_, one) in enumerate(saved):
+        for j, (_, other) in enumerate(saved):
+            put(tmp_path / "fit", {CONFIG: one[CONFIG], TENSORS: other[TENSORS]})
+            assert judge(tmp_path / "fit") == (i == j)
+        for name in (CONFIG, TENSORS):
+            put(tmp_path / "fit", one)
+            (tmp_path / "fit" / name).unlink()
+            assert not judge(tmp_path / "fit")
+            (tmp_path / "fit" / name).mkdir()
+            assert not judge(tmp_path / "fit")
+            (tmp_path / "fit" / name).rmdir()
+    shutil.rmtree(tmp_path / "fit")
+    assert not judge(tmp_path / "fit")
+
+
+def places(tree, path=()):
+    yield path
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree[:2]) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield from places(value, (*path, key))
+
+
+def changed(tree, path, value):
+    if not path:
+        return value
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    copy[path[0]] = changed(tree[path[0]], path[1:], value)
+    return copy
+
+
+def seal(config):
+    if isinstance(config, dict):
+        config.pop("sha256", None)
+        config["sha256"] = sealed(config)
+    return json.dumps(config).encode()
+
+
+def test_hostile_values_with_digests_of_their_own(saved, tmp_path):
+    draw, count = random.Random(1), 0
+    for fit, files in saved:
+        config = json.loads(files[CONFIG])
+        put(tmp_path / "fit", files | {CONFIG: seal(json.loads(files[CONFIG]))})
+        assert judge(tmp_path / "fit", fit)
+        every = list(places(config))
+        central = [path for path in every if path[:1] in (("program",), ("guide",), ("format",), ("library",))]
+        for path, value in [(p, v) for p in central for v in HOSTILE] + [
+            (draw.choice(every), draw.choice(HOSTILE)) for _ in range(100)
+        ]:
+            (tmp_path / "fit" / CONFIG).write_bytes(seal(changed(config, path, value)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says that a layer without numbers has nothing to initialise
+                judge(tmp_path / "fit")
+            count += 1
+    assert count > 1500
+
+
+def test_trees_with_digests_of_their_own(saved, tmp_path):
+    draw = random.Random(2)
+    for _, files in saved:
+        for _ in range(60):
+            put(tmp_path / "fit", files)
+            tree = read_tree(tmp_path / "fit" / TENSORS)
+            path = draw.choice(list(places(tree)))
+            other = draw.choice([None, 3, "word", {}, [], torch.ones(2), torch.ones(2).half(), {"a": {"b": 1}}, (1,)])
+            tree = changed(tree, path, other)
+            write_tree(tmp_path / "fit" / TENSORS, tree)
+            reseal(tmp_path / "fit")
+            judge(tmp_path / "fit")
+
+
+def test_names_of_tensors_exchanged(saved, tmp_path):
+    for _, files in saved:
+        put(tmp_path / "fit", files)
+        tree = read_tree(tmp_path / "fit" / TENSORS)
+        names = list(tree["snapshot"])
+        shapes = {name: tree["snapshot"][name].shape for name in names}
+        one, other = next((a, b) for a in names for b in names if shapes[a] != shapes[b])
+        snapshot = tree["snapshot"]
+        snapshot[one], snapshot[other] = snapshot[other], snapshot[one]
+        write_tree(tmp_path / "fit" / TENSORS, tree)
+        reseal(tmp_path / "fit")
+        with pytest.raises(lvm.StorageError) as raised:
+            lvm.load(tmp_path / "fit").posterior(rows(30, 4, dtype=torch.float32), 1)
+        assert one in str(raised.value) or other in str(raised.value)
+
+
+def reseal(folder):
+    config = json.loads((folder / CONFIG).read_bytes())
+    config["tensors"] = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+    (folder / CONFIG).write_bytes(seal(config))
+
+
+def test_traps_are_not_sprung(saved, tmp_path):
+    trap = pickle.dumps(Trap())
+    pickle.loads(trap)
+    assert SPRUNG == ["sprung"]  # it would be
+    SPRUNG.clear()
+    torch.save(Trap(), tmp_path / "torch")
+    for _, files in saved:
+        for content in (trap, (tmp_path / "torch").read_bytes()):
+            for name in (CONFIG, TENSORS):
+                put(tmp_path / "fit", files | {name: content})
+                assert not judge(tmp_path / "fit")
+            (tmp_path / "fit" / TENSORS).write_bytes(content)
+            (tmp_path / "fit" / CONFIG).write_bytes(files[CONFIG])
+            reseal(tmp_path / "fit")
+            assert not judge(tmp_path / "fit")
+        put(tmp_path / "fit", files)
+        save_file({"trap": torch.frombuffer(bytearray(trap), dtype=torch.uint8)}, tmp_path / "fit" / TENSORS)
+        reseal(tmp_path / "fit")
+        assert not judge(tmp_path / "fit")
+    assert SPRUNG == []
+
+
+def test_brackets_without_end(saved, tmp_path):
+    _, files = saved[0]
+    for content in (b"[" * 100_000, b'{"a":' * 100_000, b"9" * 100_000):
+        put(tmp_path / "fit", files | {CONFIG: content})
+        assert not judge(tmp_path / "fit")
+    text = files[CONFIG].decode().rstrip().removesuffix("}") + ', "a": ' + "[" * 900 + "]" * 900 + "}"
+    put(tmp_path / "fit", files | {CONFIG: text.encode()})
+    assert not judge(tmp_path / "fit")
