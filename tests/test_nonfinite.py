@@ -267,6 +267,15 @@ def test_skipping_goes_on_from_a_checkpoint(tmp_path):
     assert same(dict(resumed.params), dict(undisturbed.params))
 
 
+def test_another_default_dtype_is_no_matter():
+    torch.set_default_dtype(torch.float64)
+    try:
+        fit = lvm.fit(autoencoder(), rows(), steps=3, seed=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert fit.info["steps"] == 3
+
+
 # ------------------------------------------------------------------------------------------------ the deferred way
 
 

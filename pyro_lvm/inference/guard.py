@@ -81,8 +81,8 @@ class Guard:
         layers = [layer for module in self.bound.modules for layer in module.modules()]
         norms = [layer for layer in layers if isinstance(layer, nn.modules.batchnorm._NormBase)]
         self._statistics = [buffer for layer in norms for buffer in layer.buffers(recurse=False)]
-        self._one = torch.ones((), device=self._device)
-        self._sticky = torch.zeros((), device=self._device)
+        self._one = torch.ones((), dtype=torch.float32, device=self._device)  # whatever the default dtype is
+        self._sticky = torch.zeros_like(self._one)
         self._kept: list[_Kept] = []
         self._good: tuple[Snapshot, dict[str, Any]] | None = None
         if mode == "restore":
@@ -96,7 +96,7 @@ class Guard:
         """
         on_cuda = torch.cuda.get_rng_state_all() if self._device.type == "cuda" else []
         statistics = [buffer.clone() for buffer in self._statistics]
-        found = torch.zeros((), device=self._device)
+        found = torch.zeros_like(self._one)
         kept = _Kept(number, batch, (torch.get_rng_state(), on_cuda), found, statistics)
         self._kept.append(kept)
         try:

@@ -210,6 +210,7 @@ class Loop:
         return numbers_of(self.prepared.bound.program, self.prepared.auxiliary_loss)
 
     def _exact_e_step(self, alternation: Alternation) -> None:
+        self.guard.read()  # it moves parameters past the mask
         try:
             alternation.begin_step()
         except RuntimeError as error:  # a decomposition refuses what the read-out would have found
