@@ -119,7 +119,7 @@ def test_a_scale_that_goes_to_nought_is_named_with_its_column(capture):
     """Two constant columns: the likelihood has no bound, and the scale falls until its square is nought."""
     scaled = Scaled()
     words = (
-        r"step \d+: .*site 'x' \(test_nonfinite\.py:\d+\): .*Normal with loc from 0 to 0, scale from .*the rows of the"
+        r"step \d+: .*site 'x' \(test_nonfinite\.py:\d+\): .*Normal with loc from 0 to 0, scale from .*The rows of the"
     )
     with pytest.raises(
         lvm.NonFiniteError, match=rf"{words}.*scale of site 'x'.*put a floor under it, or drop a column"

@@ -55,7 +55,7 @@ def why_not_finite(
         what.append(f"torch says: {str(error).splitlines()[0]}" + (f", at {where}" if where else ""))
     told = [", ".join(what), *rows, *sites]
     if not rows:
-        told.append("the rows of the batch are finite")
+        told.append("The rows of the batch are finite")
     told.append(f"Parameters are those of the last finite step: {_edit(bool(parameters), rows, structure)}")
     return ". ".join(told)
 
