@@ -396,3 +396,18 @@ def test_fits_of_format_1_load_for_ever(name):
     assert fit.elbo == expected["elbo"]
     found = fit.program.encode(x).mean if name == "vae" else fit.log_prob(x)
     torch.testing.assert_close(found, torch.tensor(expected["found"]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_built_in_program_with_other_arguments_is_refused(tmp_path):
+    x = torch.rand(30, 3, generator=torch.Generator().manual_seed(0)).round()
+    fit = lvm.fit(lvm.VAE(3, 1, (4,)), x, steps=2, seed=0)
+    fit.save(tmp_path / "fit")
+    other = lvm.VAE(3, 1, (4,), likelihood="continuous_bernoulli")
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(
+        lvm.StorageError, match=r"a fit of VAE with likelihood=.*, and program has likelihood=.*: pass what"
+    ):
+        lvm.load(tmp_path / "fit", program=other)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    same = lvm.load(tmp_path / "fit", program=lvm.VAE(3, 1, (4,)))
+    assert torch.equal(lvm.log_evidence(same, x, seed=0), lvm.log_evidence(fit, x, seed=0))

@@ -18,7 +18,7 @@ from pyro_lvm.errors import StorageError
 from pyro_lvm.evaluation import batch_to_trace
 from pyro_lvm.guides import WORDS, make_guide
 from pyro_lvm.inference.record import Fit
-from pyro_lvm.inference.saving import CONFIG, FORMAT, TENSORS, room_for, sealed
+from pyro_lvm.inference.saving import CONFIG, FORMAT, TENSORS, room_for, sealed, what_it_is
 from pyro_lvm.missing import MissingValues
 from pyro_lvm.parameters import BoundProgram, Snapshot, Untouched, isolated
 from pyro_lvm.preflight.tracing import traced
@@ -118,11 +118,26 @@ def _fit(config: dict[str, Any], tree: dict[str, Any], program: Any, where: torc
     resolved = _resolved(source, guide, _missing(tree.get("missing"), where))
     if program is not None and resolved.name != made.get("name") and guide["kind"] != "beside":
         raise StorageError(f"it holds a fit of {made.get('name')!r:.80}, and program is {resolved.name}: pass that one")
+    if program is not None:
+        _require_same_arguments(made, what_it_is(resolved, guide, snapshot))
     recipe = guide.get("recipe")
     first = _First(resolved, recipe, snapshot, floating_dtype(snapshot.values()), where, folder)
     bound = first.at_once()
     shown = source[0] if guide["kind"] == "beside" else source
     return Fit(shown, params, history, elbo, info, bound, snapshot)
+
+
+def _require_same_arguments(made: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse a built-in program that was made with other arguments: its parameters may fit all the same."""
+    if made.get("class") is None or here.get("class") is None:
+        return
+    there, now = _of(made.get("arguments"), dict, "arguments"), here["arguments"]
+    for name in {**there, **now}:
+        if repr(there.get(name)) != repr(now.get(name)):
+            raise StorageError(
+                f"it holds a fit of {made['class']} with {name}={there.get(name)!r:.80}, and program has "
+                f"{name}={now.get(name)!r:.80}: pass what was fitted"
+            )
 
 
 def _source(made: dict[str, Any], program: Any, guide: Mapping[str, Any], snapshot: Snapshot) -> Any:

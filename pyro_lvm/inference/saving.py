@@ -21,7 +21,7 @@ from pyro_lvm.storage.classes import built, described
 from pyro_lvm.storage.files import read_file, write_file, write_tree
 from pyro_lvm.storage.tree import pack
 
-__all__ = ["CONFIG", "FORMAT", "TENSORS", "room_for", "sealed", "write_fit"]
+__all__ = ["CONFIG", "FORMAT", "TENSORS", "room_for", "sealed", "what_it_is", "write_fit"]
 
 CONFIG, TENSORS = "config.json", "tensors.safetensors"
 FORMAT = 1
@@ -41,7 +41,7 @@ def write_fit(fit: Any, path: str | os.PathLike[str]) -> None:
     content = {
         "library": "pyro_lvm",
         "format": FORMAT,
-        "program": _program(bound.program, guide, fit._snapshot),
+        "program": what_it_is(bound.program, guide, fit._snapshot),
         "guide": guide,
         "elbo": fit.elbo,
         "info": dict(fit.info),
@@ -102,7 +102,7 @@ def _guide(fit: Any) -> dict[str, Any]:
     return {"kind": "beside"}
 
 
-def _program(program: Program, guide: Mapping[str, Any], snapshot: Mapping[str, Tensor]) -> dict[str, Any]:
+def what_it_is(program: Program, guide: Mapping[str, Any], snapshot: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the program is made of, if that is ours alone; else what it is called."""
     source = program.source
     named = {"class": None, "name": program.name, "from": _origins(source)}
