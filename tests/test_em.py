@@ -278,7 +278,8 @@ def test_products_of_statistics_are_what_measuring_every_row_gives(kind, monkeyp
     for most in (mixture_statistics.MOST_CANCELLATION, 0.0):
         monkeypatch.setattr(mixture_statistics, "MOST_CANCELLATION", most)
         ends.append(climbed(lvm.GaussianMixture(3, 3, covariance=kind, reg_covar=1e-12), x, init=given, max_iter=15))
-    assert ends[0].elbo == pytest.approx(ends[1].elbo, abs=1e-9)
+    # what cancels leaves ten digits in each of fifteen steps; how far they differ hangs on the processor
+    assert ends[0].elbo == pytest.approx(ends[1].elbo, rel=1e-9)
     for name, value in ends[0].params.items():
         torch.testing.assert_close(value, ends[1].params[name], rtol=1e-7, atol=1e-12)
 

@@ -230,9 +230,11 @@ def quantities(draws):
     return {"mu": draws["mu"], "tau": draws["tau"]} | {f"theta[{i + 1}]": theta[..., i] for i in range(8)}
 
 
-def test_eight_schools_are_those_of_the_reference(of_schools, reference):
+def test_eight_schools_are_those_of_the_reference(reference):
+    # the squares of tau have a heavy tail: of few draws it is not seen, nor is how far off they are
+    chains = lvm.mcmc(schools, SCHOOLS, num_draws=1000, num_warmup=300, num_chains=2, target_accept_prob=0.9, seed=0)
     draws_of_reference = 10_000
-    for name, draws in quantities(of_schools.draws).items():
+    for name, draws in quantities(chains.draws).items():
         mean, sd = reference[name]["mean"], reference[name]["sd"]
         for found, expected in ((draws, mean), ((draws - mean) ** 2, sd**2)):
             ess = convergence({"q": found})["q"][1]
