@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from pyro_lvm.memory import require_room
-from pyro_lvm.prefetch import read_ahead
+from pyro_lvm.prefetch import Asked, Read, read_ahead
 
 __all__ = ["Batch", "Rows", "as_rows"]
 
@@ -94,9 +94,9 @@ class Rows:
             kwargs = {name: _rows_of(array, index) for name, array in self.kwargs.items()}
         return self._batch(args, kwargs, index, weight)
 
-    def taken(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        """The batches of these row numbers, one after the other; from disk the next are read in the background."""
-        return read_ahead(indices, self.take) if self.on_disk else map(self.take, indices)
+    def reading(self, asked: Iterable[Asked], read: Callable[[Asked], Read]) -> Iterator[Read]:
+        """What ``read`` takes of these rows for each of ``asked``; from disk the next are read in the background."""
+        return read_ahead(asked, read) if self.on_disk else map(read, asked)
 
     def batches(self, batch_size: int | None) -> Iterator[Batch]:
         """All rows in their own order, ``batch_size`` at a time (None: all at once)."""
@@ -113,7 +113,9 @@ class Rows:
             yield self.whole()
             return
         starts = range(0, self.size, batch_size)
-        yield from self.taken(torch.arange(start, min(start + batch_size, self.size)) for start in starts)
+        yield from self.reading(
+            (torch.arange(start, min(start + batch_size, self.size)) for start in starts), self.take
+        )
 
     @property
     def batches_of_loader(self) -> int:

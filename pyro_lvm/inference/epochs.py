@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from pyro_lvm.data import Batch, Rows
-from pyro_lvm.prefetch import read_ahead
 from pyro_lvm.program import Program, require_named
 
 __all__ = ["Order"]
@@ -72,7 +71,7 @@ class Order:
                 index, weight, share = planned
                 return rows.take(index, weight), share
 
-            yield from read_ahead(plan, read) if rows.on_disk else map(read, plan)
+            yield from rows.reading(plan, read)
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on within the running epoch: the generators as they were at its start."""

@@ -175,7 +175,8 @@ def fit(
     given = dict(locals())
     started = time.perf_counter()
     _require_one_length(epochs, steps)
-    for name, count in (("epochs", epochs), ("steps", steps), ("batch_size", batch_size), ("size", size)):
+    counts = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "size": size}
+    for name, count in {**counts, "checkpoint_every": checkpoint_every}.items():
         _require_positive(name, count, whole=True)
     _require_positive("grad_clip_norm", grad_clip_norm)
     watching = _callbacks(callbacks)
@@ -184,7 +185,6 @@ def fit(
     if amortized not in (None, True, False):
         raise TypeError(f"amortized is {amortized!r}: it must be True, False or None")
     resolved, recipe = resolve(program, guide)
-    _require_positive("checkpoint_every", checkpoint_every, whole=True)
     checkpoints = checkpoints_of(checkpoint, checkpoint_every, resume, on_checkpoint_error)
     found = None if checkpoints is None else checkpoints.latest()
     if seed is None:
