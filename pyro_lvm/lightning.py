@@ -12,11 +12,13 @@ last batch differ.
 
 from __future__ import annotations
 
+import atexit
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,20 +28,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_lvm.capture.graph import choose_level
 from pyro_lvm.capture.step import Column, StepResult, told
 from pyro_lvm.data import Batch, as_rows
-from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
+from pyro_lvm.errors import NonFiniteError, ProgramWarning
 from pyro_lvm.evaluation import fresh_seed, streams
 from pyro_lvm.guides import GuideKind
 from pyro_lvm.inference.bound import mean_elbo
-from pyro_lvm.inference.history import HistoryRecorder, non_finite
+from pyro_lvm.inference.checkpoint import checkpoints_of
+from pyro_lvm.inference.epochs import Order
+from pyro_lvm.inference.guard import Guard
+from pyro_lvm.inference.history import HistoryRecorder
 from pyro_lvm.inference.iterations import require_counts, surroundings
+from pyro_lvm.inference.loop import Loop
 from pyro_lvm.inference.optimisation import make_optimizer
 from pyro_lvm.inference.prepare import Prepared, Request, guide_in_words, placed, prepare, resolve
 from pyro_lvm.inference.record import Fit
+from pyro_lvm.inference.whole_epochs import WholeEpochs
 from pyro_lvm.missing import marginalizing, require_missing
+from pyro_lvm.named_tensors import copy_by_name
 from pyro_lvm.parameters import Untouched, isolated
 from pyro_lvm.preflight.suspicions import suspicions
+from pyro_lvm.ranks import RowNumbers, SharedOrder
 
 try:
     import lightning.pytorch as pl
@@ -49,13 +59,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 __all__ = ["SVIModule"]
-
-
-class RowNumbers(NamedTuple):
-    """What one rank takes in one step: row numbers, and the factor of its loss."""
-
-    rows: Tensor
-    share: float
 
 
 class SVIModule(pl.LightningModule):
@@ -80,11 +83,15 @@ class SVIModule(pl.LightningModule):
         total_steps: the length of the default one-cycle schedule and of an estimator's; None asks the trainer.
         missing: as for `pyro_lvm.fit`.
         check: as for `pyro_lvm.fit`.
+        checkpoint: a folder of checkpoints that `pyro_lvm.fit` goes on from, and the other way about: rank 0 writes
+            one at the end of each epoch, and where there is one the trainer goes on from it. The same call in both
+            needs the same ``seed``, ``total_steps`` and rows in a step of all ranks together.
 
     Raises:
         ProgramError: if model, guide and estimator do not belong together.
         TypeError: if an argument is of another kind than described, or the estimator takes its own gradients.
         ValueError: if the data do not fit the program, or an argument is out of range.
+        StorageError: if the folder of checkpoints is another fit's, was left within an epoch, or cannot be used.
 
     Warns:
         ProgramWarning: if the program may mean what it says, but seldom does.
@@ -116,6 +123,7 @@ class SVIModule(pl.LightningModule):
         total_steps: int | None = None,
         missing: Literal["marginalize"] | None = None,
         check: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         counts = {"batch_size": batch_size, "total_steps": total_steps}
@@ -125,8 +133,14 @@ class SVIModule(pl.LightningModule):
             raise ValueError(
                 f"batch_size={batch_size} says nothing to a DataLoader, which makes its own batches: drop it"
             )
-        self.program, self.batch_size, self.total_steps = program, batch_size, total_steps
-        self.seed = fresh_seed() if seed is None else seed
+        if rows.loader is not None and checkpoint is not None:
+            raise ValueError("Lightning changes a DataLoader's order, which no other fit goes on from: pass arrays")
+        folder = checkpoints_of(checkpoint, None, "auto", "raise")
+        self._checkpoints = None if folder is None else WholeEpochs(folder)
+        if seed is None:
+            found = None if self._checkpoints is None else self._checkpoints.found
+            seed = fresh_seed() if found is None else found["made"]["seed"]
+        self.program, self.batch_size, self.total_steps, self.seed = program, batch_size, total_steps, seed
         self.recorded: dict[str, Any] = {"devices": 1, "strategy": None, "optimizer": None, "stopped": "not trained"}
         self._asked: dict[str, Any] = {"optimizer": optimizer, "lr": lr, "scheduler": scheduler}
         resolved, recipe = resolve(program, guide)
@@ -157,31 +171,56 @@ class SVIModule(pl.LightningModule):
         loose = [p for p in self.prepared.bound.functions.unconstrained.values() if id(p) not in inside]
         for number, parameter in enumerate(loose):  # their own names may hold dots
             self.register_parameter(f"parameter_{number}", parameter)
-        self._trained = set(self.prepared.bound.trainable())
+        self._loop: Loop | None = None
         self._history = HistoryRecorder(len(rows))
         self._sums: dict[tuple[Column, ...], Tensor] = {}
-        self._last_finite = self.prepared.bound.snapshot()
         self._seconds = 0.0
-        self._steps_before = 0
+        self._steps = 0
         self.train()
+
+    def setup(self, stage: str) -> None:
+        """Agree on the seed, on the order of rows, and on the checkpoint to go on from."""
+        trainer = self.trainer
+        self.seed = trainer.strategy.broadcast(self.seed)
+        if self._checkpoints is not None:  # the other ranks need not see rank 0's disk
+            self._checkpoints.found = trainer.strategy.broadcast(self._checkpoints.found)
+        self._joined = None if self.batch_size is None else self.batch_size * trainer.world_size
+        self._order = SharedOrder(len(self.rows), self._joined, streams(self.seed)[1])
 
     def train_dataloader(self) -> Any:
         """This rank's row numbers, step after step; a `DataLoader` that was given as data."""
-        return self.rows.loader if self.rows.loader is not None else _Share(self)
+        return self.rows.loader if self.rows.loader is not None else _RowsOfRank(self)
 
     def configure_optimizers(self) -> Any:
-        """As `pyro_lvm.fit` makes them."""
+        """As `pyro_lvm.fit` makes them, and as a checkpoint left them."""
         if self.total_steps is None:
             steps = self.trainer.estimated_stepping_batches
             if not steps < float("inf"):
                 raise ValueError("the trainer has no end, which the schedules need: pass total_steps=... to SVIModule")
             self.total_steps = max(int(steps), 1)
+        self.rows = self._rows_now = replace(self.rows, device=self.device)  # Lightning's
+        parameters = self._parameters_to_train()
         optimizer, schedule, self.recorded["optimizer"] = make_optimizer(
-            self._parameters_to_train(),
+            parameters,
             **self._asked,
             total_steps=self.total_steps,
             has_network=self.prepared.bound.has_network(),
         )
+        order = Order(self.rows, self._joined, None, self._order.seed)
+        level = choose_level("auto", self.total_steps)
+        self._loop = Loop(self.prepared, order, optimizer, schedule, parameters, None, self.total_steps, level)
+        self._loop.history = self._history
+        if self._checkpoints is not None:
+            self._checkpoints.begin(
+                self._loop,
+                self.trainer.is_global_zero,
+                program=self.prepared.bound.program.name,
+                guide=self._guide_in_words,
+                seed=self.seed,
+                batch_size=self._joined,
+                optimizer=self.recorded["optimizer"],
+                missing=self._missing,
+            )
         if schedule is None:
             return optimizer
         if isinstance(schedule, ReduceLROnPlateau):
@@ -190,13 +229,18 @@ class SVIModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Agree on the seed; follow Lightning to its device."""
+        """Follow a checkpoint to its epoch."""
         trainer = self.trainer
-        self.seed = trainer.strategy.broadcast(self.seed)
+        if trainer.world_size > 1:
+            atexit.register(_leave_the_group)
         self.recorded |= {"devices": trainer.world_size, "strategy": type(trainer.strategy).__name__}
-        self.rows = self._rows_now = replace(self.rows, device=self.device)
         self._started = time.perf_counter()
         self.recorded["stopped"] = "interrupted"
+        assert self._loop is not None, "configure_optimizers comes first"
+        if self._loop.epoch:  # a checkpoint's
+            trainer.fit_loop.epoch_progress.increment_by(self._loop.epoch)
+            steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+            steps.increment_by(self._loop.steps_done)
 
     def on_train_epoch_start(self) -> None:
         """Rows that are drawn anew in each epoch are the same on all ranks."""
@@ -214,18 +258,27 @@ class SVIModule(pl.LightningModule):
                 total = self._summed(torch.tensor(float(len(taken)), device=self.device))
                 share = world * len(taken) / float(total)
         self.prepared.estimator.advance(min(self.global_step / max((self.total_steps or 1) - 1, 1), 1.0))
-        noise = (streams(self.seed)[2], self.trainer.global_rank, self.current_epoch, batch_idx)
-        with isolated(int(np.random.SeedSequence(noise).generate_state(1)[0]), validate=False):
-            objective, result = self._objective(taken)
+        noise = _derived(streams(self.seed)[2], self.trainer.global_rank, self.current_epoch, batch_idx)
+        with isolated(noise, validate=False):
+            result = self._result = self._guard.take(self.global_step, taken, self._step)
         counted = len(taken) if share else 0
         weighed = torch.cat([result.values, result.values.new_ones(1)]) * counted
         before = self._sums.get(result.columns)
         self._sums[result.columns] = weighed if before is None else before + weighed
-        return share * objective
+        return share * self._loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Let no NaN and no infinity reach a parameter."""
+        try:
+            self._guard.look(self._result)
+            self._guard.read()
+        except NonFiniteError as error:
+            if self.trainer.world_size == 1:
+                raise
+            raise NonFiniteError(f"rank {self.trainer.global_rank}, or another: {error}") from error
 
     def on_train_epoch_end(self) -> None:
-        """Join what the ranks saw in this epoch, keep and log it, and see that all of it is finite."""
-        bound = self.prepared.bound
+        """Join what the ranks saw in this epoch; keep and log it."""
         for columns, sums in self._sums.items():
             joined = self._summed(sums)
             self._history.add_step(StepResult(columns, joined[:-1] / joined[-1]), 1.0)
@@ -233,21 +286,12 @@ class SVIModule(pl.LightningModule):
             return
         self._sums.clear()
         self._history.end_epoch()
-        try:
-            self._history.flush()
-            wrong = [name for name, p in bound.trainable().items() if not bool(torch.isfinite(p).all())]
-            if wrong:
-                raise non_finite(self._history.epochs, f"parameter {', '.join(wrong)}")
-        except NonFiniteError:
-            bound.load(self._last_finite)
-            raise
-        late = sorted(set(bound.trainable()) - self._trained)
-        if late:
-            raise ProgramError(
-                f"parameter {', '.join(late)} turned up after the first step and would never be trained: declare every "
-                "parameter in every call of model or guide"
-            )
-        self._last_finite = bound.snapshot()
+        assert self._loop is not None, "configure_optimizers comes first"
+        self._loop.read_out()
+        if self._checkpoints is not None and self.trainer.is_global_zero:
+            done = self.current_epoch + 1
+            order, noise = self._order.generator_state(done), _derived(streams(self.seed)[2], done)
+            self._checkpoints.save(self._loop, done, order, noise)
         for name in ("elbo", "loss"):
             value = torch.tensor(self._history.columns[name][-1], dtype=torch.float64, device=self.device)
             self.log(name, value.float(), batch_size=1, sync_dist=True, prog_bar=name == "elbo")
@@ -255,8 +299,14 @@ class SVIModule(pl.LightningModule):
     def on_fit_end(self) -> None:
         """Note how long it took."""
         self._seconds += time.perf_counter() - self._started
-        self._steps_before = self.global_step
+        self._steps = self.global_step
         self.recorded["stopped"] = "finished"
+
+    def teardown(self, stage: str) -> None:
+        """Give the folder of checkpoints up."""
+        if self._checkpoints is not None:
+            self._checkpoints.checkpoints.give_up()
+            self._checkpoints.found = None
 
     def to_fit(self) -> Fit:
         """The record of what was found, as `pyro_lvm.fit` leaves it; the bound is evaluated here, on all rows.
@@ -281,7 +331,7 @@ class SVIModule(pl.LightningModule):
             "n": len(rows),
             "batch_size": self.batch_size,
             "epochs": self._history.epochs,
-            "steps": self._steps_before,
+            "steps": self._steps,
             "seconds": self._seconds,
             "elbo_se": evaluated.standard_error,
             "elbo_passes": evaluated.passes,
@@ -291,7 +341,7 @@ class SVIModule(pl.LightningModule):
         return Fit(self.program, bound.constrained(), columns, evaluated.elbo, info, bound, bound.snapshot())
 
     def start_from(self, fit: Fit) -> SVIModule:
-        """Continue from the parameters of a fit of the same program, ours or Lightning's.
+        """Take the parameters of a fit of the same program, ours or Lightning's.
 
         Raises:
             RuntimeError: if the parameters are not those of this program.
@@ -327,25 +377,10 @@ class SVIModule(pl.LightningModule):
         """
         if assign:
             raise ValueError("assign=True would leave the program with other parameters: drop it")
-        own, extra = dict(self.prepared.bound.tensors()), dict(self._of_estimator())
-        missing = sorted(own.keys() - state_dict.keys()) if strict else []
-        unknown = sorted(state_dict.keys() - own.keys() - extra.keys()) if strict else []
-        targets = own | extra
-        reshaped = [
-            f"{name} {tuple(value.shape)} for {tuple(targets[name].shape)}"
-            for name, value in state_dict.items()
-            if name in targets and value.shape != targets[name].shape
-        ]
-        if missing or unknown or reshaped:
-            raise RuntimeError(
-                f"these are not the parameters of {self.prepared.bound.program.name}: missing {missing or 'none'}, "
-                f"unknown {unknown or 'none'}, of another shape {reshaped or 'none'}: load what the same program left"
-            )
-        with torch.no_grad():
-            for name, value in state_dict.items():
-                if name in targets:
-                    targets[name].copy_(value)
-        return nn.modules.module._IncompatibleKeys(missing, unknown)
+        own, optional = dict(self.prepared.bound.tensors()), dict(self._of_estimator())
+        copy_by_name(state_dict, own, optional, self.prepared.bound.program.name, strict)
+        missing, unknown = own.keys() - state_dict.keys(), state_dict.keys() - own.keys() - optional.keys()
+        return nn.modules.module._IncompatibleKeys(sorted(missing), sorted(unknown))
 
     def _of_estimator(self) -> Iterator[tuple[str, Tensor]]:
         for number, module in enumerate(self.prepared.estimator.modules):
@@ -372,6 +407,15 @@ class SVIModule(pl.LightningModule):
             objective = objective + 0.0 * parameter.sum()  # DDP waits for every parameter
         return objective, told(loss, terms, auxiliary)
 
+    def _step(self, batch: Batch) -> StepResult:
+        self._loss, result = self._objective(batch)
+        return result
+
+    @property
+    def _guard(self) -> Guard:
+        assert self._loop is not None, "configure_optimizers comes first"
+        return self._loop.guard
+
     def _without_gradient(self, first: Batch) -> list[nn.Parameter]:
         """Parameters that the loss does not depend on."""
         parameters = self._parameters_to_train()
@@ -380,42 +424,29 @@ class SVIModule(pl.LightningModule):
         return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
 
-class _Share:
-    """The row numbers of one rank: its part of each batch of one permutation, the same on all ranks."""
+class _RowsOfRank:
+    """What Lightning takes for a loader."""
 
     def __init__(self, module: SVIModule) -> None:
         self.module = module
-        self._drawn: tuple[int, torch.Generator] | None = None
-
-    def _sizes(self) -> tuple[int, int]:
-        rows, world = len(self.module.rows), self.module.trainer.world_size
-        return rows, min((self.module.batch_size or rows) * world, rows)
 
     def __len__(self) -> int:
-        rows, joined = self._sizes()
-        return -(-rows // joined)
+        return self.module._order.steps_per_epoch
 
     def __iter__(self) -> Iterator[RowNumbers]:
         trainer = self.module.trainer
-        rows, joined = self._sizes()
-        for batch in self._permutation(self.module.current_epoch, rows, joined).split(joined):
-            mine = batch.tensor_split(trainer.world_size)[trainer.global_rank]
-            if len(mine):
-                yield RowNumbers(mine, trainer.world_size * len(mine) / len(batch))
-            else:  # fewer rows than ranks: this one has to take part, and counts for nothing
-                yield RowNumbers(batch[:1], 0.0)
+        return self.module._order.epoch(trainer.current_epoch, trainer.global_rank, trainer.world_size)
 
-    def _permutation(self, epoch: int, rows: int, joined: int) -> Tensor:
-        """As `pyro_lvm.fit` draws it."""
-        if self.module.batch_size is None:
-            return torch.arange(rows)
-        if self._drawn is None or self._drawn[0] > epoch:
-            self._drawn = 0, torch.Generator().manual_seed(streams(self.module.seed)[1])
-        past, generator = self._drawn
-        for _ in range(past, epoch):
-            torch.randperm(rows, generator=generator)
-        self._drawn = epoch + 1, generator
-        return torch.randperm(rows, generator=generator)
+
+def _derived(*numbers: int) -> int:
+    """A seed that is another for other numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _leave_the_group() -> None:
+    """End the threads of Gloo before the interpreter ends, which Lightning does for NCCL only."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _require_differentiable(prepared: Prepared) -> None:

@@ -1,6 +1,6 @@
 """One process of several: what `test_lightning.py` launches by torchrun. Rank 0 writes what was found.
 
-torchrun --standalone --nproc-per-node 2 tests/process_of_several.py CASE BATCH_SIZE OUT
+torchrun --standalone --nproc-per-node 2 tests/process_of_several.py CASE BATCH_SIZE OUT [FOLDER_OF_CHECKPOINTS]
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Drawn(SVIModule):
         return loss
 
 
-def module_for(case: str, batch_size: int | None) -> SVIModule:
-    options = {"batch_size": batch_size, "lr": 0.05, "seed": 0}
+def module_for(case: str, batch_size: int | None, **more: object) -> SVIModule:
+    options = {"batch_size": batch_size, "lr": 0.05, "seed": 0, **more}
     if case == "noise of the row":
         return SVIModule(NoiseOfTheRow(), data=rows(), check=False, **options)
     if case == "mixture":
@@ -103,9 +103,17 @@ def module_for(case: str, batch_size: int | None) -> SVIModule:
     return Drawn((drawn, drawn_guide), data=same, **options)
 
 
-def train(case: str, batch_size: int | None, devices: int, epochs: int = 4) -> tuple[pl.Trainer, SVIModule]:
-    module = module_for(case, batch_size)
-    trainer = pl.Trainer(
+def train(
+    case: str, batch_size: int | None, devices: int, epochs: int = 4, **more: object
+) -> tuple[pl.Trainer, SVIModule]:
+    module = module_for(case, batch_size, **more)
+    trainer = trainer_for(devices, epochs)
+    trainer.fit(module)
+    return trainer, module
+
+
+def trainer_for(devices: int, epochs: int) -> pl.Trainer:
+    return pl.Trainer(
         accelerator="cpu",
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
@@ -115,8 +123,6 @@ def train(case: str, batch_size: int | None, devices: int, epochs: int = 4) -> t
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module)
-    return trainer, module
 
 
 def found(trainer: pl.Trainer, module: SVIModule) -> dict:
@@ -133,8 +139,8 @@ def found(trainer: pl.Trainer, module: SVIModule) -> dict:
 
 
 if __name__ == "__main__":
-    case, batch_size, out = sys.argv[1:]
-    trainer, module = train(case, int(batch_size), devices=2)
+    case, batch_size, out, *folder = sys.argv[1:]
+    trainer, module = train(case, int(batch_size), devices=2, checkpoint=folder[0] if folder else None)
     result = found(trainer, module)
     if trainer.is_global_zero:
         torch.save(result, out)

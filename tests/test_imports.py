@@ -55,6 +55,8 @@ ORDER = (
     "criticism",
     "capture",
     "inference",
+    "ranks",
+    "named_tensors",
     "lightning",
     "figures",
     "diagnosis_panels",

@@ -126,7 +126,11 @@ class Checkpoints:
         finally:
             if in_main_thread:
                 signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
-            self._lock.release()
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Let another fit have the folder."""
+        self._lock.release()
 
     def due(self, steps_done: int) -> bool:
         """Whether a checkpoint is to be written after so many steps."""

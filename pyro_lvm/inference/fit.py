@@ -236,20 +236,21 @@ def fit(
                 guarded,
             )
             if checkpoints is not None:
-                settings = {
-                    "program": resolved.name,
-                    "guide": guide_in_words(recipe, resolved.guide, amortized),
-                    "seed": seed,
-                    "batch_size": batch_size,
-                    "optimizer": described,
-                    "grad_clip_norm": grad_clip_norm,
-                    "early_stopping": repr(stopping),
-                    "capture": capture,
-                    "autocast": None if autocast is None else str(autocast),
-                    "missing": missing,
-                    "on_nonfinite": on_nonfinite,
-                }
-                made = settings | made_with(loop, held_out)
+                made = made_with(
+                    loop,
+                    held_out,
+                    program=resolved.name,
+                    guide=guide_in_words(recipe, resolved.guide, amortized),
+                    seed=seed,
+                    batch_size=batch_size,
+                    optimizer=described,
+                    grad_clip_norm=grad_clip_norm,
+                    early_stopping=stopping,
+                    capture=capture,
+                    autocast=autocast,
+                    missing=missing,
+                    on_nonfinite=on_nonfinite,
+                )
                 if found is not None:
                     require_same(checkpoints.folder, found["made"], made)
                     loop.load_state(found)

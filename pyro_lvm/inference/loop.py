@@ -97,7 +97,7 @@ class Loop:
                         checkpoints.save(self.state())
         except KeyboardInterrupt:
             self.history.abandon_epoch()
-            self._read_out()
+            self.read_out()
             if watch.held_out is not None:
                 self._validate(watch.held_out, watch.seed)
             return f"interrupted after {self.history.epochs} epochs"
@@ -119,7 +119,7 @@ class Loop:
                     warnings.filterwarnings("ignore", r"Encountered (NaN|\+?inf)", UserWarning)
                     self._epoch(epoch, checkpoints)
                 if (epoch + 1) % readout == 0 or epoch + 1 == epochs:
-                    self._read_out()
+                    self.read_out()
                     stop = self._watched(watch, epoch)
                     bar.show(epoch + 1, self.history.columns)
                     if stop:
@@ -153,8 +153,12 @@ class Loop:
                 self.guard.read()
                 self._read_out_parameters()
                 checkpoints.save(self.state())
+        self.end_epoch()
+
+    def end_epoch(self) -> None:
+        """Close the running epoch."""
         self.history.end_epoch(None if self.guard.mode == "raise" else self.guard.skipped + self.guard.restores)
-        self.epoch, self.batches_done = number + 1, 0
+        self.epoch, self.batches_done = self.epoch + 1, 0
 
     def state(self) -> dict[str, Any]:
         """All that decides how training goes on, as plain values and tensors."""
@@ -227,7 +231,7 @@ class Loop:
             return []
         return [name for name, flag in finite if not bool(flag)]
 
-    def _read_out(self) -> None:
+    def read_out(self) -> None:
         """Read the losses; see that all is finite and that nothing is left untrained."""
         self.guard.read()
         try:

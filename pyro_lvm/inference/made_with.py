@@ -26,10 +26,36 @@ LOOKED_AT = 256
 """Rows, spread over all, whose bytes tell one data set from another."""
 
 
-def made_with(loop: Loop, held_out: Rows | None) -> dict[str, Any]:
-    """The data, the parameters' shapes, the estimator and the surroundings of a fit that is about to begin."""
+def made_with(
+    loop: Loop,
+    held_out: Rows | None,
+    *,
+    program: str,
+    guide: str,
+    seed: int,
+    batch_size: int | None,
+    optimizer: str,
+    grad_clip_norm: float | None = None,
+    early_stopping: Any = None,
+    capture: bool | str = "auto",
+    autocast: torch.dtype | None = None,
+    missing: str | None = None,
+    on_nonfinite: Any = "raise",
+) -> dict[str, Any]:
+    """The arguments, the data, the parameters' shapes, the estimator and the surroundings of a fit about to begin."""
     rows, bound = loop.order.rows, loop.prepared.bound
     return {
+        "program": program,
+        "guide": guide,
+        "seed": seed,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "grad_clip_norm": grad_clip_norm,
+        "early_stopping": repr(early_stopping),
+        "capture": capture,
+        "autocast": None if autocast is None else str(autocast),
+        "missing": missing,
+        "on_nonfinite": on_nonfinite,
         "data": _told_apart(rows),
         "validation": None if held_out is None else _told_apart(held_out),
         "n": len(rows),
