@@ -245,12 +245,14 @@ class _Sum:
         if target not in _LINEAR or not same_dtype:
             return value, []
         varied = [self.varies(x) for x in args]
+        if not any(varied):
+            return value, []
         if varied in ([True], [True, False]):
             rest, steps = self.factored(args[0])
             return rest, [*steps, (target, [_core(x) for x in args[1:]])]
         if target is aten.div.Tensor:
             rest, steps = self.factored(args[0])
-            return (_pointwise(target, rest, args[1]), steps) if varied[0] and steps else (value, [])
+            return (_pointwise(target, rest, args[1]), steps) if steps else (value, [])
         if varied == [False, True]:
             rest, steps = self.factored(args[1])
             return rest, [*steps, (target, [args[0].core])]
