@@ -49,7 +49,8 @@ def table(outcome: Outcome) -> str:
         seconds = f"{line.busy:4.1f} {line.start_seconds:8.2f}"
         rows.append(f"{line.name:{width}}  {line.median_ms:9.3f} {quartiles:>19}  {ratio:>6}  {seconds}")
     if (exponent := growth_exponent(outcome)) is not None:
-        rows.append(f"time grows as size^{exponent:.2f}")
+        sizes = [line.size for line in _sized(outcome) if line.size is not None]
+        rows.append(f"time grows as size^{exponent:.2f} from {min(sizes):g} to {max(sizes):g}")
     return "\n".join(rows + [f"skipped: {name}: {why}" for name, why in outcome.skipped.items()])
 
 

@@ -19,6 +19,8 @@ from pyro.infer import RenyiELBO
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_lvm.capture.agreement import SAME_AFTER_FUSION, SAME_IN_ANOTHER_ORDER_OF_SUMS, equal
+from pyro_lvm.capture.broadcasts import narrowed
 from pyro_lvm.capture.guards import left_as_found, python_state
 from pyro_lvm.capture.readouts import put_aside
 from pyro_lvm.capture.step import Column, Step, StepResult
@@ -41,15 +43,6 @@ OPERATIONS_THAT_COMPILE_SOON = 1_500
 
 ASKED = "capture="
 """How the reason for a level begins that was asked for."""
-
-SAME_IN_ANOTHER_ORDER_OF_SUMS = {torch.float32: 1e-6, torch.float64: 1e-12}
-"""Relative; for enumerated sites, whose terms of probability nought the graph adds as noughts and Pyro leaves out."""
-
-SAME_AFTER_FUSION = {torch.float32: 1e-4, torch.float64: 1e-10}
-"""Relative to the largest gradient, beside `ROUNDINGS`: a fused loop of C++ sums in an order of its own."""
-
-ROUNDINGS = 8
-"""Units in the last place of the loss per datum that a gradient may be off by: near an optimum it is a difference."""
 
 _log = logging.getLogger("pyro_lvm")
 
@@ -174,7 +167,7 @@ class CapturedStep:
 
         try:
             once, again = (fresh(lambda: self._taken(self.step, batch)) for _ in range(2))
-            if not _equal(once, again, None):
+            if not equal(once, again, None):
                 raise Uncapturable("two steps under one seed differ: the program has a source of change of its own")
             changed = [path for path, value in self._python_state().items() if before.get(path, value) != value]
             if changed:
@@ -218,7 +211,7 @@ class CapturedStep:
         tolerance = SAME_IN_ANOTHER_ORDER_OF_SUMS if self.step.estimator.enumerates else None
         for batch, right in expected:
             found = fresh(lambda b=batch: self._taken(lambda c: self._run(graph, _tensors(c)), b))
-            if not _equal(found, right, tolerance, self.step.size):
+            if not equal(found, right, tolerance, self.step.size):
                 raise Uncapturable("the graph gives another loss or other gradients than Pyro")
         if self.level == "graph":
             return graph
@@ -226,18 +219,30 @@ class CapturedStep:
         if not self.reason.startswith(ASKED) and operations > OPERATIONS_THAT_COMPILE_SOON:
             self.level, self.reason = "graph", f"{operations} operations would take long to compile"
             return graph
-        options: Any = {"fallback_random": True, "triton.cudagraphs": self.level == "cuda_graph"}
-        compiled = replace(graph, function=torch.compile(_owner(graph.function), dynamic=False, options=options))
-        try:
-            for batch, right in expected:
-                found = fresh(lambda b=batch: self._taken(lambda c: self._run(compiled, _tensors(c)), b))
-                if not _equal(found, right, SAME_AFTER_FUSION, self.step.size):
-                    raise Uncapturable("the compiled graph gives another loss or other gradients than Pyro")
-        except Exception as error:
-            self.level, self.reason = "graph", f"not compiled: {_first_line(error)}"
-            _log.info("%s: %s", self.step.bound.program.name, self.reason)
-            return graph
-        return compiled
+        return self._compiled(graph, fresh, expected)
+
+    def _compiled(self, graph: _Graph, fresh: Any, expected: list[tuple[Batch, list[Tensor | None]]]) -> _Graph:
+        """The graph, narrowed and compiled; compiled as it is, or left as it is, where that does not give the same."""
+        owner, inputs = _owner(graph.function), (*_tensors(expected[0][0]).values(), *graph.state)
+
+        def less() -> Any:
+            return fresh(lambda: narrowed(owner, inputs))
+
+        why = ""
+        for make in (less, lambda: owner):
+            try:
+                options: Any = {"fallback_random": True, "triton.cudagraphs": self.level == "cuda_graph"}
+                compiled = replace(graph, function=torch.compile(make(), dynamic=False, options=options))
+                for batch, right in expected:
+                    found = fresh(lambda b=batch, g=compiled: self._taken(lambda c: self._run(g, _tensors(c)), b))
+                    if not equal(found, right, SAME_AFTER_FUSION, self.step.size):
+                        raise Uncapturable("the compiled graph gives another loss or other gradients than Pyro")
+                return compiled
+            except Exception as error:
+                why = _first_line(error)
+        self.level, self.reason = "graph", f"not compiled: {why}"
+        _log.info("%s: %s", self.step.bound.program.name, self.reason)
+        return graph
 
 
 def _owner(forward: Any) -> Any:
@@ -279,20 +284,3 @@ def _with(batch: Batch, tensors: dict[str, Tensor]) -> Batch:
 def _turned(batch: Batch) -> Batch:
     """The same rows in the opposite order: another batch of the same shapes."""
     return _with(batch, {name: value.flip(0) for name, value in _tensors(batch).items()})
-
-
-def _equal(
-    found: list[Tensor | None], right: list[Tensor | None], tolerance: dict[torch.dtype, float] | None, size: int = 1
-) -> bool:
-    """Whether numbers and gradients agree: to the bit, or within a part of the largest number and gradient."""
-    if [a is None for a in found] != [b is None for b in right]:
-        return False
-    pairs = [(a, b) for a, b in zip(found, right, strict=True) if a is not None and b is not None]
-    if tolerance is None:
-        return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
-    share = tolerance.get(pairs[-1][1].dtype, 0.0)
-    # a gradient that is nought but for rounding has only that of the others to be measured by
-    largest = max((float(b.abs().max()) for _, b in pairs[1:] if b.numel()), default=0.0)
-    rounding = ROUNDINGS * torch.finfo(pairs[-1][1].dtype).eps * float(pairs[0][1][0].abs()) / size
-    allowed = [share * float(pairs[0][1].abs().max()), *(share * largest + rounding for _ in pairs[1:])]
-    return all(bool(((a - b).abs() <= most).all()) for (a, b), most in zip(pairs, allowed, strict=True))

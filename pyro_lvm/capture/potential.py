@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_lvm.capture.operations import writes
 from pyro_lvm.declaration import raised_at
 
 __all__ = ["Position", "Potential", "capture_potential"]
@@ -105,7 +106,7 @@ def _fold(graph: torch.fx.GraphModule, example: list[Tensor]) -> None:
     known: set[torch.fx.Node] = set()
     for node in graph.graph.nodes:
         inputs = node.all_input_nodes
-        if _writes(node) and set(inputs[:1]) <= known:
+        if writes(node.target) and set(inputs[:1]) <= known:
             break  # what is written into must be made anew in every call
         if node.op == "get_attr" or (node.op == "call_function" and (set(inputs) <= known or _of_shape_only(node))):
             known.add(node)
@@ -119,11 +120,6 @@ def _fold(graph: torch.fx.GraphModule, example: list[Tensor]) -> None:
                 node.replace_all_uses_with(node.args[0])
     graph.graph.eliminate_dead_code()
     graph.recompile()
-
-
-def _writes(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 def _of_shape_only(node: torch.fx.Node) -> bool:
