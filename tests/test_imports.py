@@ -44,6 +44,7 @@ ORDER = (
     "dependencies",
     "guides",
     "per_datum",
+    "walk",
     "elbo",
     "owners",
     "preflight",
