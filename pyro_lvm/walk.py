@@ -22,7 +22,7 @@ from pyro_lvm.per_datum import FAMILIES
 from pyro_lvm.program import ROW_KEYWORDS
 from pyro_lvm.structure import base_of
 
-__all__ = ["Joined", "by_rows", "parts_of", "rows_at_a_time", "seeds_of_parts", "walked"]
+__all__ = ["FEWER", "FEWER_DRAWS", "Joined", "by_rows", "parts_of", "rows_at_a_time", "seeds_of_parts", "walked"]
 
 ROWS_AT_A_TIME, BYTES_AT_A_TIME = 16_384, 2**21
 """The most in one part; other draws come out if they are changed, where there is more."""
@@ -34,14 +34,14 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 Found = Tensor | TorchDistribution
 
 
-def rows_at_a_time(rows: Rows, copies: int = 1) -> int:
-    """Rows in one part of a walk that makes ``copies`` of each."""
-    return min(ROWS_AT_A_TIME, max(BYTES_AT_A_TIME // max(rows.bytes_per_row * copies, 1), 1))
+def rows_at_a_time(rows: Rows) -> int:
+    """Rows in one part."""
+    return min(ROWS_AT_A_TIME, max(BYTES_AT_A_TIME // max(rows.bytes_per_row, 1), 1))
 
 
-def parts_of(rows: Rows, copies: int = 1) -> Iterator[Batch]:
+def parts_of(rows: Rows) -> Iterator[Batch]:
     """All rows, a part at a time; a loader's batches are as large as it makes them."""
-    return rows.batches(None if rows.loader is not None else rows_at_a_time(rows, copies))
+    return rows.batches(None if rows.loader is not None else rows_at_a_time(rows))
 
 
 def seeds_of_parts(seed: int | None) -> Iterator[int | None]:
@@ -161,7 +161,7 @@ def walked(rows: Rows, find: Callable[[Batch], Found], what: str, dim: int = 0, 
     joined = Joined(len(rows), what, FEWER if num_draws is None else FEWER_DRAWS)
     family: Any = None
     event_dims = 0
-    for batch in parts_of(rows, num_draws or 1):
+    for batch in parts_of(rows):
         found = find(batch)
         if isinstance(found, Tensor):
             joined.add({"value": found}, {"value": dim})

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from small_programs import rows
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import pyro_lvm as lvm
+from pyro_lvm.data import Rows
 from pyro_lvm.walk import Joined
 
 N, D = 23, 4
@@ -131,7 +135,8 @@ def test_gradients_of_tensors_flow(x):
 
 def test_data_are_taken_in_the_precision_of_the_program(x):
     ppca = started(lvm.PPCA(D, 2), x.float())
-    assert ppca.log_prob(x.numpy()).dtype == torch.float32
+    mixture = started(lvm.GaussianMixture(2, D), x.float())
+    assert [program.log_prob(x.numpy()).dtype for program in (ppca, mixture)] == [torch.float32] * 2
 
 
 def test_labels_among_the_data(x):
@@ -201,3 +206,149 @@ def test_rows_are_put_where_they_belong():
     for start in (0, 1, 3):
         joined.add({"z": whole[:, start : min(start + 2, 4) if start else 1]}, {"z": 1})
     assert torch.equal(joined.result()["z"], whole)
+
+
+# ------------------------------------------------------------------------------------------------- evaluations
+
+
+def sharing(kind, x):
+    """A fit with latents that all data share: labels summed out, or factors of each row."""
+    if kind == "factors":
+        return lvm.fit(lvm.BayesianPPCA(D, 2), x, steps=20, seed=0)
+    mixture = lvm.GaussianMixture(2, D, "diag", prior=lvm.priors.weakly_informative(x, 2))
+    return lvm.fit(mixture, x, guide=None if kind == "mean field" else mixture.conjugate_guide(), steps=20, seed=0)
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """Rows of every batch that an evaluation looked at."""
+    seen = []
+    take = Rows.take
+
+    def watching(self, index, weight=None):
+        seen.append(len(index))
+        return take(self, index, weight)
+
+    monkeypatch.setattr(Rows, "take", watching)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["mean field", "conjugate", "factors"])
+def test_what_all_data_share_is_drawn_once_and_the_rows_are_walked(kind, x, sizes):
+    fit = sharing(kind, x)
+    trace = lvm.evaluation.batch_to_trace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyro_lvm.evaluation.batch_to_trace", lambda *_: min(trace(*_), 7))
+        sizes.clear()
+        draws = fit.posterior(x.numpy(), 4, seed=0)
+        assert max(sizes) == 7
+    guide = fit.program.guide if kind == "factors" else None
+    for number in range(4):
+        sites = {name: draws[name][number] for name in draws.draws}
+        with torch.no_grad():
+            joint = poutine.trace(poutine.condition(fit.program.model, data=sites)).get_trace(x).log_prob_sum()
+            assert torch.allclose(draws.log_p[number], joint, rtol=1e-10)
+            if guide is not None:
+                held = poutine.Trace()
+                for name, value in sites.items():
+                    held.add_node(name, type="sample", name=name, value=value, is_observed=False, infer={})
+                density = poutine.trace(poutine.replay(guide, trace=held)).get_trace(x).log_prob_sum()
+                assert torch.allclose(draws.log_q[number], density, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["mean field", "factors"])
+def test_averages_over_what_is_shared_are_those_of_all_rows(kind, x, monkeypatch):
+    fit = sharing(kind, x)
+    walked = fit.log_prob(x.numpy(), 100, seed=0)
+    table = fit.responsibilities(x.numpy(), 100, seed=0) if kind != "factors" else None
+    monkeypatch.setattr("pyro_lvm.walk.ROWS_AT_A_TIME", N)
+    assert (walked - fit.log_prob(x, 100, seed=1)).abs().max() < 0.5
+    if table is not None:
+        # the draws of what is shared are the first part's, the same as those of all rows
+        assert torch.allclose(table, fit.responsibilities(x, 100, seed=0), rtol=1e-10)
+        assert torch.allclose(walked, fit.log_prob(x, 100, seed=0), rtol=1e-10)
+
+
+def test_a_guide_that_looks_at_all_rows_for_what_they_share_is_shown_them_all(x, sizes):
+    def model(x, size=None):
+        loc = pyro.sample("loc", dist.Normal(x.new_zeros(()), 10.0))
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(loc, 1.0).expand([len(x), D]).to_event(1), obs=x)
+
+    def guide(x, size=None):
+        pyro.sample("loc", dist.Normal(x.mean(), pyro.param("s", torch.tensor(0.1).double())))
+
+    fit = lvm.fit((model, guide), x, steps=2, seed=0)
+    sizes.clear()
+    draws = fit.posterior(x.numpy(), 400, seed=0)
+    assert sizes[-1] == N
+    assert abs(draws["loc"].mean() - x.mean()) < 4.5 * 0.2 / 20
+    assert draws["loc"].shape == (400,)
+
+
+def with_holes(x):
+    x = x.clone()
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.3] = torch.nan
+    x[:8] = x[:8].nan_to_num(0.0)  # a part without any
+    return x
+
+
+@pytest.mark.parametrize("program", [lambda: lvm.PPCA(D, 2), lambda: lvm.GaussianMixture(2, D), None])
+def test_imputations_of_parts(program, x, monkeypatch):
+    x = with_holes(x)
+    if program is None:  # no conditional in closed form
+        torch.manual_seed(0)
+        program = lambda: lvm.VAE(D, 2, (8,), likelihood="normal").double()  # noqa: E731
+    fit = lvm.fit(program(), x, steps=20, seed=0, missing="marginalize")
+    draws = 300
+    parts = fit.impute(x.numpy(), draws, seed=0)
+    assert parts.shape == (draws, N, D)
+    seen = ~x.isnan()
+    assert torch.equal(parts[:, seen], x[seen].expand(draws, -1))
+    holes = parts[:, ~seen]
+    assert (holes.std(0) > 0).all()
+    correlation = torch.corrcoef(holes.T) - torch.eye(holes.shape[1])
+    rows_of = (~seen).nonzero()[:, 0]
+    assert correlation[rows_of[:, None] != rows_of].abs().max() < 5.5 / draws**0.5  # no two rows share their noise
+    monkeypatch.setattr("pyro_lvm.walk.ROWS_AT_A_TIME", N)
+    together = fit.impute(x, draws, seed=1)[:, ~seen]
+    error = ((holes.var(0) + together.var(0)) / draws).sqrt()
+    assert ((holes.mean(0) - together.mean(0)) / error).abs().max() < 4.5
+
+
+def test_imputing_by_a_program_takes_any_data(x):
+    x = with_holes(x)
+    ppca = started(lvm.PPCA(D, 2), x.nan_to_num(0.0))
+    parts = ppca.impute(x.numpy(), 300, seed=0)
+    assert torch.equal(parts[:, :7], x[:7].expand(300, -1, -1))
+    assert torch.equal(parts, ppca.impute(Pairs(x), 300, seed=0))
+    together = ppca.impute(x, 300, seed=1)
+    error = ((parts.var(0) + together.var(0)) / 300).sqrt() + 1e-9
+    assert ((parts.mean(0) - together.mean(0)) / error).abs().max() < 4.5
+
+
+def test_imputations_that_would_not_fit_are_refused_before_any_is_drawn(x, monkeypatch):
+    x = with_holes(x)
+    vae = lvm.VAE(D, 2, (8,), likelihood="normal").double()
+    fits = [lvm.fit(program, x, steps=2, seed=0, missing="marginalize") for program in (lvm.PPCA(D, 2), vae)]
+    monkeypatch.setattr("pyro_lvm.memory.available", lambda: 10_000)
+    monkeypatch.setattr("pyro_lvm.criticism.predictive._one_draw", None)
+    for fit in fits:
+        words = r"100 draws of (23 rows|x for 23 rows) would take 0.0736 MB, and 0.01 MB are free: ask for fewer draws"
+        with pytest.raises(lvm.NotEnoughMemoryError, match=words):
+            fit.impute(x, 100)
+    for program in (fits[0].program, started(lvm.GaussianMixture(2, D), x.nan_to_num(0.0))):
+        with pytest.raises(lvm.NotEnoughMemoryError, match="100 draws of 23 rows would take"):
+            program.impute(x, 100)
+
+
+def test_evidence_that_would_not_fit_is_refused(x, monkeypatch):
+    ppca = started(lvm.PPCA(D, 2), x)
+    monkeypatch.setattr("pyro_lvm.memory.available", lambda: 1000)
+    for method in ("exact", "importance", "annealed"):
+        with pytest.raises(
+            lvm.NotEnoughMemoryError, match="the log evidence of 23 rows, and how far to trust it, would"
+        ):
+            lvm.log_evidence(ppca, x, 2, method=method)
+    monkeypatch.setattr("pyro_lvm.memory.available", lambda: 6 * 8 * N)
+    assert torch.allclose(lvm.log_evidence(ppca, x.numpy(), batch_size=5), ppca.log_prob(x))
