@@ -14,9 +14,12 @@ from torch import nn
 
 import pyro_lvm as lvm
 from pyro_lvm.capture.step import StepResult
-from pyro_lvm.inference import guard
+from pyro_lvm.data import Batch
+from pyro_lvm.inference import guard, nonfinite
 from pyro_lvm.inference.adam import FusedAdam
 from pyro_lvm.inference.history import HistoryRecorder
+from pyro_lvm.missing import ObservedPart
+from pyro_lvm.structure import trace_structure
 
 LEVELS = [False, "graph"]
 
@@ -78,7 +81,8 @@ class Scaled(nn.Module):
 def test_nan_in_a_batch_is_found_and_the_parameters_are_those_before_it(capture, optimizer):
     options = {"batch_size": 100, "lr": 1e-4, "seed": 4, "capture": capture, "optimizer": optimizer}
     vae = autoencoder()
-    words = r"step (\d+): loss became NaN.*data holds NaN or infinite values in 1 of 100 rows, the first in row 1400 of"
+    words = r"step (\d+): loss became NaN.*data holds NaN or infinite values in 1 of 100 rows \(column 1 of 3\), the"
+    words += " first in row 1400 of"
     with pytest.raises(lvm.NonFiniteError, match=rf"{words}.*drop or impute such rows") as error:
         lvm.fit(vae, with_a_bad_row(), epochs=2, **options)
     step = int(str(error.value).split(":")[0].removeprefix("step "))
@@ -127,6 +131,64 @@ def test_a_scale_that_goes_to_nought_is_named_with_its_column(capture):
         lvm.fit(scaled, torch.zeros(20, 2, dtype=torch.float64), steps=2000, lr=2.0, seed=0, capture=capture)
     assert torch.isfinite(scaled.log_scale).all()
     assert (scaled.log_scale < -100).all()
+
+
+class ScaledColumns(Scaled):
+    """The same with a scale for each of five columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+
+    def model(self, x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(x.new_zeros(5), self.log_scale.exp()).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("constant", [[3], [1, 3]])
+def test_the_constant_columns_are_named(constant):
+    x = rows(20, 5)
+    x[:, constant] = 0.0
+    entries = "entry 3 of 5" if constant == [3] else r"entries \[1, 3\] of 5"
+    columns = entries.replace("entry", "column").replace("entries", "columns")
+    with pytest.raises(
+        lvm.NonFiniteError,
+        match=rf"(its log-probability|the gradient of its log-probability in scale) \({entries}\) not finite.*"
+        rf"; its scale is \S+ \({entries}\).*scale of site 'x' \S+ has come down to \S+ \({entries}\): put a floor.*"
+        rf"that does not vary \(constant in all 20 rows of data, at 0: {columns}\)",
+    ):
+        lvm.fit(ScaledColumns(), x, steps=2000, lr=2.0, seed=0, capture=False)
+
+
+def test_entries_of_arguments_and_values_are_named():
+    def site(fn, value):
+        def model(**_):
+            pyro.sample("x", fn, obs=value)
+
+        return trace_structure(model, lambda **_: None, Batch((), {}, 1, None)).model["x"]
+
+    loc = torch.zeros(4, 7)
+    loc[2, 5] = torch.nan
+    told = nonfinite._of_site(site(dist.Normal(loc, 1.0, validate_args=False).to_event(1), torch.zeros(4, 7)))
+    assert "its loc (entry 5 of 7) not finite" in told
+    tril = torch.eye(3)
+    tril[1, 0] = torch.inf
+    fn = dist.MultivariateNormal(torch.zeros(3), scale_tril=tril, validate_args=False)
+    assert "its scale_tril (entry 1 of 3) not finite" in nonfinite._of_site(site(fn, torch.zeros(3)))
+    fn = dist.Normal(torch.zeros(2, 3), 1.0).to_event(2)
+    value = torch.full((2, 3), torch.inf)
+    assert "its value (all 6 entries) not finite" in nonfinite._of_site(site(fn, value))
+    value[:, 1:] = 0.0
+    assert "its value (entries [(0, 0), (1, 0)] of 6)" in nonfinite._of_site(site(fn, value))
+    value = torch.full((20,), torch.inf)
+    value[:3] = 0.0
+    told = nonfinite._of_site(site(dist.Normal(torch.zeros(20), 1.0).to_event(1), value))
+    assert "its value (entries [3, 4, 5, 6, 7, ...] of 20, 17 in all)" in told
+    assert "its value not finite" in nonfinite._of_site(site(dist.Normal(0.0, 1.0), torch.tensor(torch.nan)))
+    observed = ObservedPart(dist.Normal(torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]), validate_args=False).to_event(1))
+    told = nonfinite._of_site(site(observed, torch.tensor([0.0, 1.0, torch.nan])))
+    assert "its log-probability (entry 1 of 3) not finite" in told
+    assert "its scale is 0 (entry 1 of 3)" in told
 
 
 @pytest.mark.parametrize("capture", LEVELS)
