@@ -17,6 +17,7 @@ from pyro_lvm.capture.step import StepResult
 from pyro_lvm.data import Batch
 from pyro_lvm.inference import guard, nonfinite
 from pyro_lvm.inference.adam import FusedAdam
+from pyro_lvm.inference.buffers import Buffers
 from pyro_lvm.inference.history import HistoryRecorder
 from pyro_lvm.missing import ObservedPart
 from pyro_lvm.structure import trace_structure
@@ -403,3 +404,99 @@ def test_batch_norm_keeps_what_it_knew():
         return normed.norm.num_batches_tracked
 
     assert batches_seen(with_a_bad_row()) == batches_seen(Drawn(rows(1500), bad=False)) - 1
+
+
+class Keeping(nn.Module):
+    """Buffers that a forward pass changes in every way there is, and one that it leaves alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("total", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("old", torch.zeros(3, dtype=torch.float64), persistent=False)
+        self.register_buffer("late", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("constant", torch.ones(3, dtype=torch.float64))
+
+    def model(self, x, size=None):
+        if self.training:
+            self.seen += len(x)
+            self.total = self.total + x.detach().sum(0)
+            self.old.data.add_(x.detach().sum(0))
+            if self.seen > 450:
+                self.late.add_(1.0)
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(self.loc, self.constant).to_event(1), obs=x)
+
+    def guide(self, x, size=None):
+        """Nothing is latent."""
+
+
+def buffers_after(data, steps, mode, every, monkeypatch):
+    monkeypatch.setitem(guard.STEPS_BETWEEN_READS, "cpu", every)
+    keeping = Keeping()
+    options = {"steps": steps, "batch_size": 100, "lr": 1e-4, "seed": 4, "on_nonfinite": mode, "capture": False}
+    if mode == "raise" and data.bad:
+        with pytest.raises(lvm.NonFiniteError):
+            lvm.fit(keeping, data, **options)
+    else:
+        lvm.fit(keeping, data, **options)
+    return {name: buffer.clone() for name, buffer in keeping.named_buffers()}
+
+
+@pytest.mark.parametrize("every", [1, 50])
+def test_every_buffer_that_a_step_changed_is_put_back(every, monkeypatch):
+    steps = next(n for n in range(16, 31) if bad_rows_in(n))
+    found = buffers_after(with_a_bad_row(), 30, "raise", every, monkeypatch)
+    before = buffers_after(Drawn(rows(1500), bad=False), steps - 1, "raise", every, monkeypatch)
+    assert found["late"] > 0
+    assert same(found, before)
+
+
+def bad_rows_in(steps):
+    """Whether so many steps see the row that is not finite."""
+    try:
+        lvm.fit(autoencoder(), with_a_bad_row(), steps=steps, batch_size=100, lr=1e-4, seed=4, capture=False)
+    except lvm.NonFiniteError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("capture", [False, "graph", "compiled"])
+def test_a_skipped_step_leaves_no_mark_in_a_buffer(capture):
+    class Counting(Keeping):
+        def model(self, x, size=None):
+            if self.training:
+                self.total.add_(x.detach().sum(0))
+                self.seen.add_(len(x))
+            with pyro.plate("data", size or len(x), subsample=x):
+                pyro.sample("x", dist.Normal(self.loc, self.constant).to_event(1), obs=x)
+
+    def after(data):
+        counting = Counting()
+        options = {"epochs": 2, "batch_size": 100, "lr": 1e-4, "seed": 4, "on_nonfinite": "skip", "capture": capture}
+        fit = lvm.fit(counting, data, **options)
+        assert fit.info["capture"] == (capture or "eager")
+        assert torch.isfinite(counting.total).all()
+        return counting.seen
+
+    assert after(with_a_bad_row()) == after(Drawn(rows(1500), bad=False)) - 100
+
+
+def test_buffers_at_rest_are_copied_once():
+    keeping = Keeping()
+    buffers = Buffers([keeping, keeping])
+    first = {known.name: known.values for known in buffers.remember()}
+    assert len(first) == 5
+    keeping.seen += 1
+    second = {known.name: known.values for known in buffers.remember()}
+    third = {known.name: known.values for known in buffers.remember()}
+    assert all(second[name] is third[name] for name in first if name != "seen")
+    assert second["seen"] is not third["seen"]
+    keeping.constant.fill_(5.0)
+    buffers.start_anew()
+    known = next(known for known in buffers.remember() if known.name == "constant")
+    assert not known.changed()
+    keeping.constant.fill_(6.0)
+    known.put_back()
+    assert keeping.constant.tolist() == [5.0] * 3

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_lvm.capture.step import Step
 from pyro_lvm.data import Batch
 from pyro_lvm.declaration import raised_at
+from pyro_lvm.inference.buffers import remember_all
 from pyro_lvm.missing import ObservedPart
 from pyro_lvm.parameters import isolated
 from pyro_lvm.structure import Site, Structure, trace_structure
@@ -70,7 +71,7 @@ def _replayed(
     """The loss per datum if it is not finite, parameters whose gradient is not, and what one trace shows."""
     loss, gradients, structure = None, [], None
     kept = [(p, p.grad) for p in step.parameters]
-    buffers = [(b, b.clone()) for module in step.bound.modules for b in module.buffers()]
+    buffers = remember_all(step.bound.modules)
     names = {id(p): name for name, p in step.bound.trainable().items()}
     with isolated(None, validate=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -88,9 +89,8 @@ def _replayed(
             pass
     for parameter, gradient in kept:
         parameter.grad = gradient
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    for buffer in buffers:
+        buffer.put_back()
     return loss, gradients, structure
 
 
