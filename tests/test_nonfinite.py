@@ -278,30 +278,75 @@ def test_an_epoch_without_a_step_is_nan_and_every_column_is_as_long():
     assert [len(history.columns[group][site]) for group, site in columns[1:]] == [3, 3]
 
 
+class Steep(nn.Module):
+    """log p has a slope of one, and ends at nought: a step of more than the way there is not finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.root = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+    def model(self, x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(self.root.sqrt(), 1.0), obs=x)
+
+    def guide(self, x, size=None):
+        """Nothing is latent."""
+
+
+STEEP = {"steps": 60, "seed": 0, "optimizer": torch.optim.SGD, "lr": 8.0, "capture": False}
+
+
 def test_restoring_halves_the_rate_until_it_is_small_enough():
-    class Steep(nn.Module):
-        """log p has a slope of one, and ends at nought: a step of more than the way there is not finite."""
-
-        def __init__(self):
-            super().__init__()
-            self.root = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
-
-        def model(self, x, size=None):
-            with pyro.plate("data", size or len(x), subsample=x):
-                pyro.sample("x", dist.Normal(self.root.sqrt(), 1.0), obs=x)
-
-        def guide(self, x, size=None):
-            """Nothing is latent."""
-
     steep = Steep()
-    options = {"steps": 60, "seed": 0, "optimizer": torch.optim.SGD, "lr": 8.0, "capture": False}
-    fit = lvm.fit(steep, data() * 0.1 + 0.4, on_nonfinite="restore", **options)
+    fit = lvm.fit(steep, data() * 0.1 + 0.4, on_nonfinite="restore", **STEEP)
     assert fit.info["restores"] == sum(fit.history["skipped"]) > 0
     assert torch.isfinite(steep.root)
     with pytest.raises(
         lvm.NonFiniteError, match=r"step \d+ \(after 1 restores at lower and lower rates\): loss became"
     ):
-        lvm.fit(Steep(), data() * 0.1 + 0.4, on_nonfinite=("restore", 1), **options)
+        lvm.fit(Steep(), data() * 0.1 + 0.4, on_nonfinite=("restore", 1), **STEEP)
+
+
+class Outlying:
+    """Rows of which those of epoch 40 lie far off: the step they ask for leaves nothing finite."""
+
+    def __init__(self, x, ends_at=None):
+        self.x, self.ends_at = x, ends_at
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index]
+
+    def redraw(self, epoch, seed):
+        if epoch == self.ends_at:
+            raise InterruptedError
+        return Outlying(self.x - 100.0 if epoch == 40 else self.x, self.ends_at)
+
+
+@pytest.mark.parametrize("every", [1, 7, 41])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, None])
+def test_checkpoints_do_not_change_where_a_restore_goes(every, optimizer, tmp_path):
+    x = data() * 0.1 + 0.4
+
+    def run(ends_at=None, **more):
+        options = STEEP | {"optimizer": optimizer, "lr": 0.1 if optimizer else 0.8}
+        return lvm.fit(Steep(), Outlying(x, ends_at), on_nonfinite="restore", **(options | more))
+
+    def equal(one, other):
+        return one.history == other.history and same(dict(one.params), dict(other.params))
+
+    alone = run()
+    assert alone.info["restores"] > 0
+    assert equal(run(checkpoint=tmp_path / "beside", checkpoint_every=every), alone)
+    for ends_at in (39, 41, 42, 45):
+        there = {"checkpoint": tmp_path / f"until {ends_at}", "checkpoint_every": every}
+        with pytest.raises(InterruptedError):
+            run(ends_at, **there)
+        resumed = run(**there)
+        assert (resumed.info["resumed_at"] or 0) == ends_at // every * every
+        assert equal(resumed, alone)
 
 
 @pytest.mark.parametrize("words", ["ignore", ("restore", 1, 2), None])

@@ -178,8 +178,10 @@ class Guard:
             self._good = self.bound.snapshot(), copy.deepcopy(self.optimizer.state_dict())
 
     def state(self) -> dict[str, Any]:
-        """How far the rate has come down, and what was skipped, as plain values."""
+        """How far the rate has come down, what was skipped, and what "restore" goes back to."""
+        good = None if self._good is None else {"tensors": self._good[0], "optimizer": self._good[1]}
         return {
+            "good": good,
             "rate": self.rate,
             "restores": self.restores,
             "skipped": self.skipped,
@@ -191,7 +193,11 @@ class Guard:
         self.rate, self.restores = state["rate"], state["restores"]
         self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
         self._buffers.start_anew()
-        self.all_is_well()
+        good = state.get("good")
+        if good is None:
+            self.all_is_well()
+        elif self.mode == "restore":
+            self._good = good["tensors"], good["optimizer"]
 
     def goes_back(self) -> bool:
         """In the mode "restore", put the last good state back and halve the rate, unless that was done too often."""

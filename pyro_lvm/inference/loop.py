@@ -151,7 +151,8 @@ class Loop:
                     self.alternation.end_step(result)
             if checkpoints is not None and checkpoints.due(self.steps_done):
                 self.guard.read()
-                self._read_out_parameters()
+                if self.guard.mode != "restore":  # where it would be another state to go back to
+                    self._read_out_parameters()
                 checkpoints.save(self.state())
         self.history.end_epoch(None if self.guard.mode == "raise" else self.guard.skipped + self.guard.restores)
         self.epoch, self.batches_done = number + 1, 0
