@@ -177,6 +177,10 @@ class Guard:
         if self.mode == "restore":
             self._good = self.bound.snapshot(), copy.deepcopy(self.optimizer.state_dict())
 
+    def totals(self) -> dict[str, int]:
+        """What the history counts in the modes that go on: steps left out, or restores, which undo many each."""
+        return {"skip": {"skipped": self.skipped}, "restore": {"restores": self.restores}}.get(self.mode, {})
+
     def state(self) -> dict[str, Any]:
         """How far the rate has come down, what was skipped, and what "restore" goes back to."""
         good = None if self._good is None else {"tensors": self._good[0], "optimizer": self._good[1]}

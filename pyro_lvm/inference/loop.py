@@ -154,7 +154,7 @@ class Loop:
                 if self.guard.mode != "restore":  # where it would be another state to go back to
                     self._read_out_parameters()
                 checkpoints.save(self.state())
-        self.history.end_epoch(None if self.guard.mode == "raise" else self.guard.skipped + self.guard.restores)
+        self.history.end_epoch(self.guard.totals())
         self.epoch, self.batches_done = number + 1, 0
 
     def state(self) -> dict[str, Any]:
