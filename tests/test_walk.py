@@ -352,3 +352,70 @@ def test_evidence_that_would_not_fit_is_refused(x, monkeypatch):
             lvm.log_evidence(ppca, x, 2, method=method)
     monkeypatch.setattr("pyro_lvm.memory.available", lambda: 6 * 8 * N)
     assert torch.allclose(lvm.log_evidence(ppca, x.numpy(), batch_size=5), ppca.log_prob(x))
+
+
+# ------------------------------------------------------------------------------------------ a folder of pictures
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Torchvision's `ImageFolder` over 12 PNGs, half of them labelled, and the same in tensors."""
+    from PIL import Image
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import to_tensor
+
+    grey = np.random.default_rng(0).integers(0, 256, (12, 4, 4), dtype=np.uint8)
+    labels = torch.where(torch.arange(12) < 6, -1, 1)
+    for number, picture in enumerate(grey):
+        where = tmp_path / ("0 unknown" if number < 6 else "1 known")
+        where.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(where / f"{number:02}.png")
+
+    def row(picture):
+        return to_tensor(picture.convert("L")).flatten()
+
+    x = torch.from_numpy(grey.astype(np.float32) / 255).flatten(1)
+    return ImageFolder(str(tmp_path), transform=row, target_transform=lambda label: label or -1), x, labels
+
+
+def semi_supervised():
+    torch.manual_seed(0)
+    return lvm.SemiSupervisedVAE(16, 2, 2, (8,), likelihood="normal")
+
+
+def test_a_folder_of_pictures_is_fitted_as_its_pixels_are(pictures):
+    folder, x, labels = pictures
+    options = {"epochs": 3, "batch_size": 5, "seed": 0, "capture": False}
+    from_folder = lvm.fit(semi_supervised(), folder, **options)
+    from_tensors = lvm.fit(semi_supervised(), Pairs(x, labels), **options)
+    assert from_folder.info["n"] == 12
+    assert from_folder.elbo == from_tensors.elbo
+    for name, value in from_tensors.params.items():
+        assert torch.equal(from_folder.params[name], value)
+
+
+def test_a_folder_of_pictures_is_walked_as_its_pixels_are(pictures):
+    folder, x, labels = pictures
+    program = semi_supervised()
+    fit = lvm.fit(program, (x, labels), steps=3, seed=0)
+    assert torch.allclose(program.classify(folder), program.classify(x))
+    assert torch.allclose(program.encode(folder).mean, program.encode(x, labels).mean)
+    assert torch.allclose(program.reconstruct(folder), program.reconstruct(x))
+    data = (x, labels)
+    assert torch.allclose(lvm.log_evidence(fit, folder, 20, seed=0), lvm.log_evidence(fit, data, 20, seed=0))
+    draws = fit.posterior(folder, 3, seed=0)
+    assert draws["z"].shape == (3, 12, 2)
+    assert (draws["y"][:, 6:] == 1).all()
+
+
+def test_a_program_without_labels_says_that_pictures_come_with_them(pictures):
+    folder, _, _ = pictures
+    vae = lvm.VAE(16, 2, (8,), likelihood="normal")
+    with pytest.raises(
+        TypeError, match=r"the data give 2 arguments by position, but model .* cannot be called with them"
+    ):
+        lvm.fit(vae, folder, steps=1)
+    with pytest.raises(
+        ValueError, match=r"the data have 2 arrays .*, but the model of VAE takes x: pass these, or a Data"
+    ):
+        vae.encode(folder)
