@@ -36,6 +36,7 @@ ORDER = (
     "priors",
     "program",
     "parameters",
+    "arrays",
     "data",
     "missing",
     "blocks",
