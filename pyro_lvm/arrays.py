@@ -33,6 +33,7 @@ def rows_of(array: Any, index: Tensor) -> Tensor:
     if isinstance(array, Tensor):
         return array[index.to(array.device)]
     if isinstance(array, np.ndarray):
+        # in the order asked for: sorted and put back, they come no faster from a cold disk, and slower from memory
         rows_of_array = np.ascontiguousarray(array[index.numpy()])
         # torch knows only the byte order of the machine
         return torch.from_numpy(rows_of_array.astype(array.dtype.newbyteorder("="), copy=False))
