@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from pyro_lvm.arrays import is_lazy, length_of, may_be_read_ahead, part_of, refuse_non_finite, rows_of
 from pyro_lvm.memory import require_room
 from pyro_lvm.prefetch import Asked, Read, read_ahead
 
@@ -90,8 +91,8 @@ class Rows:
         if self.dataset is not None:
             args, kwargs = _split(default_collate([self.dataset[int(i)] for i in index]))
         else:
-            args = tuple(_rows_of(array, index) for array in self.args)
-            kwargs = {name: _rows_of(array, index) for name, array in self.kwargs.items()}
+            args = tuple(rows_of(array, index) for array in self.args)
+            kwargs = {name: rows_of(array, index) for name, array in self.kwargs.items()}
         return self._batch(args, kwargs, index, weight)
 
     def reading(self, asked: Iterable[Asked], read: Callable[[Asked], Read]) -> Iterator[Read]:
@@ -131,8 +132,8 @@ class Rows:
     def on_disk(self) -> bool:
         """Whether some rows lie on disk, and all may be read by another thread: nothing of a user's runs there."""
         arrays = (*self.args, *self.kwargs.values())
-        lazy = [array for array in arrays if _is_lazy(array)]
-        return bool(lazy) and all(isinstance(a, np.ndarray) or getattr(a, "read_ahead", False) for a in lazy)
+        lazy = [array for array in arrays if is_lazy(array)]
+        return bool(lazy) and all(map(may_be_read_ahead, lazy))
 
     @property
     def bytes_per_row(self) -> int:
@@ -233,19 +234,15 @@ class Rows:
         arrays = (*self.args, *self.kwargs.values())
         if not arrays or not all(isinstance(array, Tensor | np.ndarray) for array in arrays):
             for name, value in self.first(1024).tensors().items():
-                _refuse_non_finite(value, name if argument == "data" else f"{argument}: {name}", self.missing)
+                refuse_non_finite(value, name if argument == "data" else f"{argument}: {name}", self.missing)
 
     def _subset(self, index: Tensor) -> Rows:
         if self.dataset is not None:
             return replace(self, dataset=Subset(self.dataset, index.tolist()), size=len(index))
 
-        def part(array: Any) -> Any:
-            if not _is_lazy(array) or (isinstance(array, np.ndarray) and array.ndim == 1):  # a column fits in memory
-                return _rows_of(array, index)
-            return _RedrawnPart(array, index) if hasattr(array, "redraw") else _Part(array, index)
-
-        args = tuple(part(array) for array in self.args)
-        return replace(self, args=args, kwargs={k: part(v) for k, v in self.kwargs.items()}, size=len(index))
+        args = tuple(part_of(array, index) for array in self.args)
+        kwargs = {name: part_of(array, index) for name, array in self.kwargs.items()}
+        return replace(self, args=args, kwargs=kwargs, size=len(index))
 
     def _batch(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], index: Tensor | None, weight: Tensor | None
@@ -267,46 +264,6 @@ class Rows:
 
 def _bytes_of(batch: Batch) -> int:
     return sum(value.nbytes for value in batch.tensors().values() if isinstance(value, Tensor))
-
-
-class _Part:
-    """Some rows of an array that lies on disk, or gives its rows only when asked."""
-
-    def __init__(self, array: Any, index: Tensor) -> None:
-        self.array, self.index = array, index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, rows: Any) -> Tensor:
-        return _rows_of(self.array, self.index[rows])
-
-    @property
-    def read_ahead(self) -> bool:
-        """Whether another thread may read it."""
-        return isinstance(self.array, np.ndarray) or getattr(self.array, "read_ahead", False)
-
-
-class _RedrawnPart(_Part):
-    """The same, of an array that draws its values anew."""
-
-    def redraw(self, epoch: int, seed: int) -> _RedrawnPart:
-        return _RedrawnPart(self.array.redraw(epoch, seed), self.index)
-
-
-def _is_lazy(array: Any) -> bool:
-    return not isinstance(array, Tensor | np.ndarray) or isinstance(array, np.memmap)
-
-
-def _rows_of(array: Any, index: Tensor) -> Tensor:
-    if isinstance(array, Tensor):
-        return array[index.to(array.device)]
-    if isinstance(array, np.ndarray):
-        rows_of_array = np.ascontiguousarray(array[index.numpy()])
-        # torch knows only the byte order of the machine
-        return torch.from_numpy(rows_of_array.astype(array.dtype.newbyteorder("="), copy=False))
-    rows: Tensor = array[index]
-    return rows
 
 
 def _split(item: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -360,13 +317,13 @@ def _indexed_rows(data: Any, argument: str, missing: bool) -> Rows:
     named |= {f"{argument}[{name!r}]": array for name, array in kwargs.items()}
     if not named:
         raise ValueError(f"{argument} holds no arrays: pass at least one tensor with the data in its rows")
-    lengths = {name: _length(array, name) for name, array in named.items()}
+    lengths = {name: length_of(array, name) for name, array in named.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ValueError(f"all arrays of {argument} must have the same number of rows, but {counts}")
     # rows that are given only when asked for may hold anything
     lazy = missing and not all(isinstance(array, Tensor | np.ndarray) for array in named.values())
-    some = [_refuse_non_finite(array, name, missing) for name, array in named.items()]
+    some = [refuse_non_finite(array, name, missing) for name, array in named.items()]
     return Rows(args, kwargs, size=_at_least_one(next(iter(lengths.values())), argument), missing=any(some) or lazy)
 
 
@@ -391,67 +348,7 @@ def _require_same_size(length: int, argument: str, size: int | None) -> None:
         )
 
 
-def _length(array: Any, name: str) -> int:
-    """Rows of one array; raises where it is none that a program can be given."""
-    if not isinstance(array, Tensor | np.ndarray):
-        return _length_of_rows_on_demand(array, name)
-    if array.ndim == 0:
-        raise ValueError(f"{name} is a single number of shape (): pass an array with one row per datum")
-    if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, whose mask would be lost: drop or impute the masked rows")
-    numeric = not array.is_complex() if isinstance(array, Tensor) else array.dtype.kind in "fiub"
-    if not numeric or array.dtype.itemsize > 8:
-        raise TypeError(f"{name} has dtype {array.dtype}: pass real numbers of at most 64 bits, such as float32")
-    return len(array)
-
-
-def _length_of_rows_on_demand(array: Any, name: str) -> int:
-    cause: Exception | None = None
-    try:
-        size = len(array)
-        if isinstance(array[torch.arange(min(size, 1))], Tensor):
-            return size
-    except Exception as error:  # whatever a stranger's object raises, it is not rows
-        cause = error
-    raise TypeError(
-        f"{name} is a {type(array).__name__}: pass a tensor or an array (a tuple or dict of them where the program "
-        "takes several), or an object with len() and x[rows] giving tensors"
-    ) from cause
-
-
 def _at_least_one(size: int, argument: str) -> int:
     if size < 1:
         raise ValueError(f"{argument} has no rows: pass at least one datum")
     return size
-
-
-def _refuse_non_finite(array: Any, name: str, missing: bool = False, rows_at_once: int = 4096) -> bool:
-    """Raise at an infinite value, and at NaN unless it may be ``missing``; whether there is any."""
-    dtype = getattr(array, "dtype", None)
-    floating = dtype.kind == "f" if isinstance(dtype, np.dtype) else _is_floating_tensor(array)
-    if not floating:
-        return False
-    found = False
-    for start in range(0, len(array), rows_at_once):
-        block = array[start : start + rows_at_once]
-        finite = torch.from_numpy(np.isfinite(block)) if isinstance(block, np.ndarray) else torch.isfinite(block)
-        if bool(finite.all()):
-            continue
-        if missing:
-            finite = finite | torch.as_tensor(block != block)
-            found = True
-            if bool(finite.all()):
-                continue
-        row = int((~finite.flatten(1).all(-1) if finite.dim() > 1 else ~finite).nonzero()[0])
-        nan = not missing and (block != block).any()
-        edit = "drop or impute those rows"
-        edit += ", or let fit or em integrate them out with missing='marginalize'" if nan else " before fitting"
-        raise ValueError(
-            f"{name} holds {'NaN' if nan else 'infinite'} values ({int((~finite).sum())} in rows {start} to "
-            f"{start + len(block) - 1}, the first in row {start + row}): {edit}"
-        )
-    return found
-
-
-def _is_floating_tensor(array: Any) -> bool:
-    return isinstance(array, Tensor) and array.is_floating_point()

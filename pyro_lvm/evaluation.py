@@ -72,7 +72,8 @@ class Evaluation:
     def takes_parts(self) -> bool:
         """Whether the program can be given a part of the rows: an autoguide must be told which."""
         program = self.bound.program
-        by_row = isinstance(program.guide, AutoGuide) and bool(self.structure.local_latent)
+        own = any(site.name in self.structure.guide for site in self.structure.local_latent)
+        by_row = isinstance(program.guide, AutoGuide) and own
         return program.names("size") and (not by_row or program.names("index"))
 
     @property

@@ -107,6 +107,25 @@ class Hooked(Amortised):
             self.decoder.bias.copy_(x.mean(0))
 
 
+class Normed(nn.Module):
+    """A guide with batch norm, and dropout if it is asked for: buffers and noise of torch's own."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(6)
+            self.network = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(dropout), nn.Linear(6, 1))
+
+    def model(self, x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z[:, None], 1.0).expand(x.shape).to_event(1), obs=x)
+
+    def guide(self, x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("z", dist.Normal(self.network(x)[:, 0], 0.5))
+
+
 def state_of(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 

@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from filelock import FileLock
-from small_programs import data, guide_of_mean, mixture, model_of_mean, nothing, rows
+from small_programs import Normed, data, guide_of_mean, mixture, model_of_mean, nothing, rows
 from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
@@ -58,25 +58,6 @@ def autoencoder(likelihood="normal"):
         return lvm.VAE(3, 2, (8,), likelihood=likelihood)
 
 
-class Dropping(nn.Module):
-    """A guide with dropout and batch norm: noise and buffers of torch's own."""
-
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(6)
-            self.network = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 1))
-
-    def model(self, x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
-            pyro.sample("x", dist.Normal(z[:, None], 1.0).expand(x.shape).to_event(1), obs=x)
-
-    def guide(self, x, size=None):
-        with pyro.plate("data", size or len(x), subsample=x):
-            pyro.sample("z", dist.Normal(self.network(x)[:, 0], 0.5))
-
-
 def loader(generator=None):
     x = rows(20)
     return DataLoader(TensorDataset(x), batch_size=6, shuffle=True, generator=generator)
@@ -114,7 +95,7 @@ CASES = {
     "graph": lambda: {"program": autoencoder(), "data": rows(), "epochs": 4, "batch_size": 16, "capture": "graph"},
     "minibatches, last one short": lambda: {"program": autoencoder(), "data": rows(), "epochs": 5, "batch_size": 16},
     "an epoch cut short": lambda: {"program": autoencoder(), "data": rows(), "steps": 14, "batch_size": 16},
-    "dropout and batch norm": lambda: {"program": Dropping(), "data": rows(), "epochs": 5, "batch_size": 16},
+    "dropout and batch norm": lambda: {"program": Normed(dropout=0.3), "data": rows(), "epochs": 5, "batch_size": 16},
     "strata": lambda: {"program": half_supervised(), "data": labelled(), "epochs": 4, "batch_size": 10},
     "loader, global order": lambda: {"program": autoencoder(), "data": loader(), "epochs": 4},
     "loader, own order": lambda: {
@@ -500,7 +481,7 @@ def test_arguments_are_looked_at_first(options, error, words):
 
 
 def test_a_number_of_the_program_that_has_changed_is_warned_of(interrupt, tmp_path):
-    class Weighted(Dropping):
+    class Weighted(Normed):
         weight = 1.0
 
         def __init__(self):

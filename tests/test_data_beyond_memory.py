@@ -22,9 +22,9 @@ SCRIPT = """
 import hashlib, json, resource, sys
 import numpy as np, torch
 import pyro_lvm as lvm
-from pyro_lvm.criticism import predictive
+from pyro_lvm import walk
 torch.set_num_threads(1)
-predictive.BYTES_AT_A_TIME = 2**19  # no process is as small as this one: a pass of draws shrinks with it
+walk.BYTES_AT_A_TIME = 2**19  # no process is as small as this one: a pass of draws shrinks with it
 x = np.load(sys.argv[1], mmap_mode="r")
 margin = int(sys.argv[2])
 
@@ -35,6 +35,7 @@ def train(rows):
 
 small = lvm.VAE(x.shape[1], 2, hidden=(8,), likelihood="normal")
 lvm.fit(small, x[:4000], steps=3, batch_size=256, seed=0, capture=False)  # what libraries allocate once
+shared = lvm.fit(lvm.BayesianPPCA(x.shape[1], 2), torch.tensor(x[:2000]), steps=3, seed=0, capture=False)
 if margin:
     used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + margin, resource.RLIM_INFINITY))
@@ -56,10 +57,12 @@ found["evidence"] = lvm.log_evidence(fit, x, 2, seed=0).double().sum().item()
 draws = fit.posterior(x, num_draws=2, seed=0)
 found["draws"] = hashlib.sha256(draws["z"].numpy().tobytes()).hexdigest()
 found["log_p"] = draws.log_p.tolist()
+found["encoded"] = hashlib.sha256(fit.program.encode(x).mean.numpy().tobytes()).hexdigest()
+found["shared"] = shared.posterior(x, num_draws=2, seed=0).log_p.tolist()
 found["decomposed"] = lvm.decompose(fit, x, num_samples=2, seed=0)["reconstruction"]
 if margin:
     everything = lambda: lvm.diagnose(fit, x, num_samples=25, num_rows=None)
-    for refused in (lambda: fit.posterior(x, num_draws=100), everything):
+    for refused in (lambda: fit.posterior(x, num_draws=100), everything, lambda: fit.program.reconstruct(x)):
         try:
             refused()
         except lvm.NotEnoughMemoryError as error:
@@ -95,6 +98,7 @@ def test_a_memmap_of_ten_times_the_limit_gives_what_memory_gives(tmp_path):
     assert limited["n"] == ROWS
     assert "draws of z" in refused[0]
     assert "rows to judge" in refused[1]
+    assert f"reconstruct() for {ROWS} rows would take 210 MB" in refused[2]
 
 
 def test_a_start_sees_a_sample_of_what_is_too_large(tmp_path, monkeypatch):
@@ -121,7 +125,7 @@ def test_draws_of_parts_are_draws_of_all(monkeypatch):
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double()
     fit = lvm.em(lvm.PPCA(3, 2), x, seed=0)
     together = fit.posterior(x, 500, seed=0)
-    monkeypatch.setattr("pyro_lvm.criticism.predictive.BYTES_AT_A_TIME", 7 * 24)
+    monkeypatch.setattr("pyro_lvm.walk.BYTES_AT_A_TIME", 7 * 24)
     apart = fit.posterior(x, 500, seed=0)
     assert apart["z"].shape == together["z"].shape
     assert apart.dims == together.dims
@@ -136,6 +140,6 @@ def test_responsibilities_of_parts_are_those_of_all(monkeypatch):
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).double()
     fit = lvm.em(lvm.GaussianMixture(3, 2), x, max_iter=5, seed=0)
     together = fit.responsibilities(x)
-    monkeypatch.setattr("pyro_lvm.criticism.predictive.ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr("pyro_lvm.walk.ROWS_AT_A_TIME", 7)
     assert torch.allclose(fit.responsibilities(x), together, rtol=1e-12)
     assert fit.posterior(x, 10, seed=0)["component"].shape == (10, 50)

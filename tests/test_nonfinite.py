@@ -9,14 +9,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from small_programs import data, rows
+from small_programs import Normed, data, rows
 from torch import nn
 
 import pyro_lvm as lvm
 from pyro_lvm.capture.step import StepResult
-from pyro_lvm.inference import guard
+from pyro_lvm.data import Batch
+from pyro_lvm.inference import guard, nonfinite
 from pyro_lvm.inference.adam import FusedAdam
+from pyro_lvm.inference.buffers import Buffers
 from pyro_lvm.inference.history import HistoryRecorder
+from pyro_lvm.missing import ObservedPart
+from pyro_lvm.structure import trace_structure
 
 LEVELS = [False, "graph"]
 
@@ -78,7 +82,8 @@ class Scaled(nn.Module):
 def test_nan_in_a_batch_is_found_and_the_parameters_are_those_before_it(capture, optimizer):
     options = {"batch_size": 100, "lr": 1e-4, "seed": 4, "capture": capture, "optimizer": optimizer}
     vae = autoencoder()
-    words = r"step (\d+): loss became NaN.*data holds NaN or infinite values in 1 of 100 rows, the first in row 1400 of"
+    words = r"step (\d+): loss became NaN.*data holds NaN or infinite values in 1 of 100 rows \(column 1 of 3\), the"
+    words += " first in row 1400 of"
     with pytest.raises(lvm.NonFiniteError, match=rf"{words}.*drop or impute such rows") as error:
         lvm.fit(vae, with_a_bad_row(), epochs=2, **options)
     step = int(str(error.value).split(":")[0].removeprefix("step "))
@@ -127,6 +132,64 @@ def test_a_scale_that_goes_to_nought_is_named_with_its_column(capture):
         lvm.fit(scaled, torch.zeros(20, 2, dtype=torch.float64), steps=2000, lr=2.0, seed=0, capture=capture)
     assert torch.isfinite(scaled.log_scale).all()
     assert (scaled.log_scale < -100).all()
+
+
+class ScaledColumns(Scaled):
+    """The same with a scale for each of five columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+
+    def model(self, x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(x.new_zeros(5), self.log_scale.exp()).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("constant", [[3], [1, 3]])
+def test_the_constant_columns_are_named(constant):
+    x = rows(20, 5)
+    x[:, constant] = 0.0
+    entries = "entry 3 of 5" if constant == [3] else r"entries \[1, 3\] of 5"
+    columns = entries.replace("entry", "column").replace("entries", "columns")
+    with pytest.raises(
+        lvm.NonFiniteError,
+        match=rf"(its log-probability|the gradient of its log-probability in scale) \({entries}\) not finite.*"
+        rf"; its scale is \S+ \({entries}\).*scale of site 'x' \S+ has come down to \S+ \({entries}\): put a floor.*"
+        rf"that does not vary \(constant in all 20 rows of data, at 0: {columns}\)",
+    ):
+        lvm.fit(ScaledColumns(), x, steps=2000, lr=2.0, seed=0, capture=False)
+
+
+def test_entries_of_arguments_and_values_are_named():
+    def site(fn, value):
+        def model(**_):
+            pyro.sample("x", fn, obs=value)
+
+        return trace_structure(model, lambda **_: None, Batch((), {}, 1, None)).model["x"]
+
+    loc = torch.zeros(4, 7)
+    loc[2, 5] = torch.nan
+    told = nonfinite._of_site(site(dist.Normal(loc, 1.0, validate_args=False).to_event(1), torch.zeros(4, 7)))
+    assert "its loc (entry 5 of 7) not finite" in told
+    tril = torch.eye(3)
+    tril[1, 0] = torch.inf
+    fn = dist.MultivariateNormal(torch.zeros(3), scale_tril=tril, validate_args=False)
+    assert "its scale_tril (entry 1 of 3) not finite" in nonfinite._of_site(site(fn, torch.zeros(3)))
+    fn = dist.Normal(torch.zeros(2, 3), 1.0).to_event(2)
+    value = torch.full((2, 3), torch.inf)
+    assert "its value (all 6 entries) not finite" in nonfinite._of_site(site(fn, value))
+    value[:, 1:] = 0.0
+    assert "its value (entries [(0, 0), (1, 0)] of 6)" in nonfinite._of_site(site(fn, value))
+    value = torch.full((20,), torch.inf)
+    value[:3] = 0.0
+    told = nonfinite._of_site(site(dist.Normal(torch.zeros(20), 1.0).to_event(1), value))
+    assert "its value (entries [3, 4, 5, 6, 7, ...] of 20, 17 in all)" in told
+    assert "its value not finite" in nonfinite._of_site(site(dist.Normal(0.0, 1.0), torch.tensor(torch.nan)))
+    observed = ObservedPart(dist.Normal(torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]), validate_args=False).to_event(1))
+    told = nonfinite._of_site(site(observed, torch.tensor([0.0, 1.0, torch.nan])))
+    assert "its log-probability (entry 1 of 3) not finite" in told
+    assert "its scale is 0 (entry 1 of 3)" in told
 
 
 @pytest.mark.parametrize("capture", LEVELS)
@@ -188,6 +251,7 @@ def test_a_skipped_step_is_counted_and_changes_nothing(monkeypatch):
     monkeypatch.setattr(FusedAdam, "step", counting)
     fit = lvm.fit(autoencoder(), with_a_bad_row(), epochs=3, batch_size=100, lr=1e-4, seed=4, on_nonfinite="skip")
     assert fit.history["skipped"] == [0, 1, 0]
+    assert "restores" not in fit.history
     assert taken == [float(count) for count in range(44)]
     assert all(torch.isfinite(value).all() for value in fit.params.values())
     assert all(abs(value) < 100 for value in fit.history["elbo"])
@@ -207,7 +271,7 @@ def test_an_epoch_without_a_step_is_nan_and_every_column_is_as_long():
     for left_out in (1, 1, 3):
         if left_out == 1 and history.epochs:
             history.add_step(StepResult(columns, torch.tensor([5.0, -40.0, 10.0], dtype=torch.float64)), 1.0)
-        history.end_epoch(left_out)
+        history.end_epoch({"skipped": left_out})
     history.flush()
     assert history.columns["skipped"] == [1, 0, 2]
     assert [math.isnan(value) for value in history.columns["elbo"]] == [True, False, True]
@@ -215,30 +279,76 @@ def test_an_epoch_without_a_step_is_nan_and_every_column_is_as_long():
     assert [len(history.columns[group][site]) for group, site in columns[1:]] == [3, 3]
 
 
+class Steep(nn.Module):
+    """log p has a slope of one, and ends at nought: a step of more than the way there is not finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.root = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+    def model(self, x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(self.root.sqrt(), 1.0), obs=x)
+
+    def guide(self, x, size=None):
+        """Nothing is latent."""
+
+
+STEEP = {"steps": 60, "seed": 0, "optimizer": torch.optim.SGD, "lr": 8.0, "capture": False}
+
+
 def test_restoring_halves_the_rate_until_it_is_small_enough():
-    class Steep(nn.Module):
-        """log p has a slope of one, and ends at nought: a step of more than the way there is not finite."""
-
-        def __init__(self):
-            super().__init__()
-            self.root = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
-
-        def model(self, x, size=None):
-            with pyro.plate("data", size or len(x), subsample=x):
-                pyro.sample("x", dist.Normal(self.root.sqrt(), 1.0), obs=x)
-
-        def guide(self, x, size=None):
-            """Nothing is latent."""
-
     steep = Steep()
-    options = {"steps": 60, "seed": 0, "optimizer": torch.optim.SGD, "lr": 8.0, "capture": False}
-    fit = lvm.fit(steep, data() * 0.1 + 0.4, on_nonfinite="restore", **options)
-    assert fit.info["restores"] == sum(fit.history["skipped"]) > 0
+    fit = lvm.fit(steep, data() * 0.1 + 0.4, on_nonfinite="restore", **STEEP)
+    assert fit.info["restores"] == sum(fit.history["restores"]) > 0
+    assert "skipped" not in fit.history  # a restore undoes more than a step
     assert torch.isfinite(steep.root)
     with pytest.raises(
         lvm.NonFiniteError, match=r"step \d+ \(after 1 restores at lower and lower rates\): loss became"
     ):
-        lvm.fit(Steep(), data() * 0.1 + 0.4, on_nonfinite=("restore", 1), **options)
+        lvm.fit(Steep(), data() * 0.1 + 0.4, on_nonfinite=("restore", 1), **STEEP)
+
+
+class Outlying:
+    """Rows of which those of epoch 40 lie far off: the step they ask for leaves nothing finite."""
+
+    def __init__(self, x, ends_at=None):
+        self.x, self.ends_at = x, ends_at
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index]
+
+    def redraw(self, epoch, seed):
+        if epoch == self.ends_at:
+            raise InterruptedError
+        return Outlying(self.x - 100.0 if epoch == 40 else self.x, self.ends_at)
+
+
+@pytest.mark.parametrize("every", [1, 7, 41])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, None])
+def test_checkpoints_do_not_change_where_a_restore_goes(every, optimizer, tmp_path):
+    x = data() * 0.1 + 0.4
+
+    def run(ends_at=None, **more):
+        options = STEEP | {"optimizer": optimizer, "lr": 0.1 if optimizer else 0.8}
+        return lvm.fit(Steep(), Outlying(x, ends_at), on_nonfinite="restore", **(options | more))
+
+    def equal(one, other):
+        return one.history == other.history and same(dict(one.params), dict(other.params))
+
+    alone = run()
+    assert alone.info["restores"] > 0
+    assert equal(run(checkpoint=tmp_path / "beside", checkpoint_every=every), alone)
+    for ends_at in (39, 41, 42, 45):
+        there = {"checkpoint": tmp_path / f"until {ends_at}", "checkpoint_every": every}
+        with pytest.raises(InterruptedError):
+            run(ends_at, **there)
+        resumed = run(**there)
+        assert (resumed.info["resumed_at"] or 0) == ends_at // every * every
+        assert equal(resumed, alone)
 
 
 @pytest.mark.parametrize("words", ["ignore", ("restore", 1, 2), None])
@@ -319,25 +429,107 @@ def test_a_masked_update_leaves_moments_and_counter(monkeypatch):
 
 
 def test_batch_norm_keeps_what_it_knew():
-    class Normed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(3).double()
-            self.loc = nn.Linear(3, 1).double()
-
-        def model(self, x, size=None):
-            with pyro.plate("data", size or len(x), subsample=x):
-                z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
-                pyro.sample("x", dist.Normal(z[:, None], 1.0).expand(x.shape).to_event(1), obs=x)
-
-        def guide(self, x, size=None):
-            with pyro.plate("data", size or len(x), subsample=x):
-                pyro.sample("z", dist.Normal(self.loc(self.norm(x))[:, 0], 0.5))
-
     def batches_seen(data):
-        normed = Normed()
+        normed = Normed().double()
         lvm.fit(normed, data, epochs=2, batch_size=100, lr=1e-3, seed=4, on_nonfinite="skip")
-        assert torch.isfinite(normed.norm.running_mean).all()
-        return normed.norm.num_batches_tracked
+        norm = normed.network[1]
+        assert torch.isfinite(norm.running_mean).all()
+        return norm.num_batches_tracked
 
     assert batches_seen(with_a_bad_row()) == batches_seen(Drawn(rows(1500), bad=False)) - 1
+
+
+class Keeping(nn.Module):
+    """Buffers that a forward pass changes in every way there is, and one that it leaves alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("total", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("old", torch.zeros(3, dtype=torch.float64), persistent=False)
+        self.register_buffer("late", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("constant", torch.ones(3, dtype=torch.float64))
+
+    def model(self, x, size=None):
+        if self.training:
+            self.seen += len(x)
+            self.total = self.total + x.detach().sum(0)
+            self.old.data.add_(x.detach().sum(0))
+            if self.seen > 450:
+                self.late.add_(1.0)
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(self.loc, self.constant).to_event(1), obs=x)
+
+    def guide(self, x, size=None):
+        """Nothing is latent."""
+
+
+def buffers_after(data, steps, mode, every, monkeypatch):
+    monkeypatch.setitem(guard.STEPS_BETWEEN_READS, "cpu", every)
+    keeping = Keeping()
+    options = {"steps": steps, "batch_size": 100, "lr": 1e-4, "seed": 4, "on_nonfinite": mode, "capture": False}
+    if mode == "raise" and data.bad:
+        with pytest.raises(lvm.NonFiniteError):
+            lvm.fit(keeping, data, **options)
+    else:
+        lvm.fit(keeping, data, **options)
+    return {name: buffer.clone() for name, buffer in keeping.named_buffers()}
+
+
+@pytest.mark.parametrize("every", [1, 50])
+def test_every_buffer_that_a_step_changed_is_put_back(every, monkeypatch):
+    steps = next(n for n in range(16, 31) if bad_rows_in(n))
+    found = buffers_after(with_a_bad_row(), 30, "raise", every, monkeypatch)
+    before = buffers_after(Drawn(rows(1500), bad=False), steps - 1, "raise", every, monkeypatch)
+    assert found["late"] > 0
+    assert same(found, before)
+
+
+def bad_rows_in(steps):
+    """Whether so many steps see the row that is not finite."""
+    try:
+        lvm.fit(autoencoder(), with_a_bad_row(), steps=steps, batch_size=100, lr=1e-4, seed=4, capture=False)
+    except lvm.NonFiniteError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("capture", [False, "graph", "compiled"])
+def test_a_skipped_step_leaves_no_mark_in_a_buffer(capture):
+    class Counting(Keeping):
+        def model(self, x, size=None):
+            if self.training:
+                self.total.add_(x.detach().sum(0))
+                self.seen.add_(len(x))
+            with pyro.plate("data", size or len(x), subsample=x):
+                pyro.sample("x", dist.Normal(self.loc, self.constant).to_event(1), obs=x)
+
+    def after(data):
+        counting = Counting()
+        options = {"epochs": 2, "batch_size": 100, "lr": 1e-4, "seed": 4, "on_nonfinite": "skip", "capture": capture}
+        fit = lvm.fit(counting, data, **options)
+        assert fit.info["capture"] == (capture or "eager")
+        assert torch.isfinite(counting.total).all()
+        return counting.seen
+
+    assert after(with_a_bad_row()) == after(Drawn(rows(1500), bad=False)) - 100
+
+
+def test_buffers_at_rest_are_copied_once():
+    keeping = Keeping()
+    buffers = Buffers([keeping, keeping])
+    first = {known.name: known.values for known in buffers.remember()}
+    assert len(first) == 5
+    keeping.seen += 1
+    second = {known.name: known.values for known in buffers.remember()}
+    third = {known.name: known.values for known in buffers.remember()}
+    assert all(second[name] is third[name] for name in first if name != "seen")
+    assert second["seen"] is not third["seen"]
+    keeping.constant.fill_(5.0)
+    buffers.start_anew()
+    known = next(known for known in buffers.remember() if known.name == "constant")
+    assert not known.changed()
+    keeping.constant.fill_(6.0)
+    known.put_back()
+    assert keeping.constant.tolist() == [5.0] * 3

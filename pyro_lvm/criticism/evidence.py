@@ -32,6 +32,8 @@ from pyro_lvm.criticism.weights import (
 from pyro_lvm.data import Batch
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
+from pyro_lvm.memory import require_room
+from pyro_lvm.walk import FEWER
 
 __all__ = ["Evidence", "estimate_evidence", "log_evidence"]
 
@@ -132,6 +134,7 @@ def log_evidence(
 
     Raises:
         ValueError: if ``method="exact"`` and the program has no closed form, or a number is not positive.
+        NotEnoughMemoryError: if the numbers of all rows would not fit in memory.
         ProgramError: if the guide is a point (``guide="map"``), which has no density to weigh draws by; if the program
             cannot be annealed (a discrete site that is sampled or listed by the guide, latents shared by all data).
 
@@ -158,6 +161,7 @@ def log_evidence(
     evaluation = Evaluation.of(program, x)
     with evaluation.running(seed):
         if method == "annealed":
+            _require_room(evaluation)
             evidence = anneal(evaluation, num_samples, num_steps, start, batch_size)
         else:
             evidence = estimate_evidence(evaluation, num_samples, method, batch_size)
@@ -167,6 +171,7 @@ def log_evidence(
 @torch.no_grad()
 def estimate_evidence(evaluation: Evaluation, num_samples: int, method: str, batch_size: int) -> Evidence:
     """`log_evidence` for a caller that has set up random state and parameters; all methods but annealing."""
+    _require_room(evaluation)
     bound, structure = evaluation.bound, evaluation.structure
     if method == "naive":
         improper = [site for site in structure.latent if site.kind == "ImproperUniform"]
@@ -190,6 +195,12 @@ def estimate_evidence(evaluation: Evaluation, num_samples: int, method: str, bat
             "with guide='mean_field' (or another guide with a spread)"
         )
     return _importance(evaluation, num_samples, batch_size)
+
+
+def _require_room(evaluation: Evaluation) -> None:
+    """Three numbers for every row, in parts and put together; the rows themselves are walked."""
+    rows = len(evaluation.rows)
+    require_room(6 * 8 * rows, f"the log evidence of {rows} rows, and how far to trust it,", FEWER)
 
 
 def _exact(evaluation: Evaluation, batch_size: int) -> Tensor | None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_lvm.criticism.evidence import estimate_evidence
+from pyro_lvm.criticism.shared_draws import RowsMatter, SharedDraws, log_prob_of
 from pyro_lvm.criticism.weights import (
     Draw,
     draw_enumerated,
@@ -25,13 +26,13 @@ from pyro_lvm.criticism.weights import (
     weighs_rows,
 )
 from pyro_lvm.data import Batch
-from pyro_lvm.elbo.terms import is_random
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
 from pyro_lvm.memory import require_room
 from pyro_lvm.posterior import Posterior
 from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.structure import Site, Structure
+from pyro_lvm.walk import FEWER_DRAWS, Joined, parts_of, rows_at_a_time
 
 __all__ = [
     "data_sites",
@@ -46,8 +47,7 @@ __all__ = [
     "takes_rows_apart",
 ]
 
-ROWS_AT_A_TIME, BYTES_AT_A_TIME = 16_384, 2**21
-"""The most in one pass; other draws come out if they are changed, where there is more."""
+Result = TypeVar("Result")
 
 
 def data_sites(structure: Structure) -> list[Site]:
@@ -75,63 +75,66 @@ def draw_posterior(
 ) -> tuple[Posterior, dict[str, Tensor]]:
     """Draws of every latent site and, if asked for, of the observed ones given them.
 
-    Many rows are drawn for a part at a time where the latents of each are its own. The caller sets up random state and
-    parameters (`Evaluation.running`).
+    Many rows are drawn for a part at a time (`takes_rows_apart`). The caller sets up random state and parameters
+    (`Evaluation.running`).
 
     Raises:
         NotEnoughMemoryError: if the draws would not fit in memory.
     """
     _require_room(evaluation, num_draws, predictive)
-    if not takes_rows_apart(evaluation):
-        return _draws(evaluation, evaluation.rows.whole(), num_draws, predictive)
-    plate, start = evaluation.structure.data_plate, 0
-    joined: tuple[Posterior, dict[str, Tensor]] | None = None
-    for batch in evaluation.rows.batches(_rows_at_a_time(evaluation)):
-        posterior, predicted = _draws(evaluation, batch, num_draws, predictive)
-        if joined is None:
-            dims = {site.name: site_dims(site) for site in evaluation.structure.model.values()}
-            total = Posterior(
-                _room_for(posterior.draws, dims, plate, len(evaluation.rows)),
-                posterior.dims,
-                torch.zeros_like(posterior.log_p),
-                None if posterior.log_q is None else torch.zeros_like(posterior.log_q),
-            )
-            joined = total, _room_for(predicted, dims, plate, len(evaluation.rows))
-        for whole, part in ((joined[0].draws, posterior.draws), (joined[1], predicted)):
-            for name, values in part.items():
-                whole[name].narrow(1 + dims[name].index(plate), start, len(batch)).copy_(values)
-        joined[0].log_p.add_(posterior.log_p)
-        if joined[0].log_q is not None and posterior.log_q is not None:
-            joined[0].log_q.add_(posterior.log_q)
-        start += len(batch)
-    assert joined is not None, "there is at least one row"
-    return joined
+    return _by_parts(evaluation, lambda batches, shared: _drawn(evaluation, batches, num_draws, predictive, shared))
+
+
+def _drawn(
+    evaluation: Evaluation, batches: Iterable[Batch], num_draws: int, predictive: bool, shared: SharedDraws
+) -> tuple[Posterior, dict[str, Tensor]]:
+    structure = evaluation.structure
+    sites = {site.name: site for site in structure.model.values()}
+    places = {
+        name: 1 + site_dims(site).index(str(structure.data_plate))
+        for name, site in sites.items()
+        if site.inside(structure.data_plate)
+    }
+    drawn, predicted = (Joined(len(evaluation.rows), "draws", FEWER_DRAWS) for _ in range(2))
+    first: tuple[Posterior, dict[str, Tensor]] | None = None
+    for batch in batches:
+        posterior, made = _draws(evaluation, batch, num_draws, predictive, shared)
+        for joined, values in ((drawn, posterior.draws), (predicted, made)):
+            of_rows = {name: value for name, value in values.items() if name in places}
+            if of_rows:
+                joined.add(of_rows, places)
+        if first is None:
+            first = posterior, made
+            continue
+        first[0].log_p.add_(posterior.log_p)
+        if first[0].log_q is not None and posterior.log_q is not None:
+            first[0].log_q.add_(posterior.log_q)
+    assert first is not None, "there is at least one row"
+    together = {**first[0].draws, **drawn.result()}
+    return replace(first[0], draws=together), {**first[1], **predicted.result()}
 
 
 def takes_rows_apart(evaluation: Evaluation) -> bool:
-    """Whether there are many rows, and everything random belongs to one of them, so that parts of them do."""
+    """Whether there are many rows, and parts of them can be looked at one by one, given what all data share."""
     structure, rows = evaluation.structure, evaluation.rows
-    plate = structure.data_plate
-    if plate is None or rows.loader is not None or len(rows) <= _rows_at_a_time(evaluation):
+    if structure.data_plate is None or rows.loader is not None or len(rows) <= rows_at_a_time(rows):
         return False
     sites = (*structure.model.values(), *structure.guide.values())
-    return evaluation.takes_parts and evaluation.given is None and all(site.inside(plate) for site in sites)
+    shared = [site for site in sites if not site.inside(structure.data_plate)]
+    drawn = all(site.name in structure.guide and not site.enumerated for site in structure.global_latent)
+    apart = not shared or (drawn and weighs_rows(structure))
+    return evaluation.takes_parts and evaluation.given is None and apart
 
 
-def _rows_at_a_time(evaluation: Evaluation) -> int:
-    return min(ROWS_AT_A_TIME, max(BYTES_AT_A_TIME // max(evaluation.rows.bytes_per_row, 1), 1))
-
-
-def _room_for(
-    draws: Mapping[str, Tensor], dims: Mapping[str, tuple[str, ...]], plate: str | None, rows: int
-) -> dict[str, Tensor]:
-    """Empty tensors like these, of all rows."""
-    found = {}
-    for name, values in draws.items():
-        shape = list(values.shape)
-        shape[1 + dims[name].index(str(plate))] = rows
-        found[name] = values.new_empty(shape)
-    return found
+def _by_parts(evaluation: Evaluation, find: Callable[[Iterable[Batch], SharedDraws], Result]) -> Result:
+    """What ``find`` makes of the rows in parts, or of all at once where parts of them would not do."""
+    plate = evaluation.structure.data_plate
+    if takes_rows_apart(evaluation):
+        try:
+            return find(parts_of(evaluation.rows), SharedDraws(plate))
+        except RowsMatter:
+            pass  # the guide computes what is shared from the rows
+    return find([evaluation.rows.whole()], SharedDraws(plate))
 
 
 def _require_room(evaluation: Evaluation, num_draws: int, predictive: bool) -> None:
@@ -149,12 +152,12 @@ def _require_room(evaluation: Evaluation, num_draws: int, predictive: bool) -> N
     require_room(
         needed,
         f"{num_draws} draws of {', '.join(site.name for site in sites)} for {rows} rows",
-        "ask for fewer draws (num_draws=), or for some of the rows at a time",
+        FEWER_DRAWS,
     )
 
 
 def _draws(
-    evaluation: Evaluation, batch: Batch, num_draws: int, predictive: bool
+    evaluation: Evaluation, batch: Batch, num_draws: int, predictive: bool, shared: SharedDraws
 ) -> tuple[Posterior, dict[str, Tensor]]:
     """Draws given the rows of one batch."""
     bound = evaluation.bound
@@ -166,8 +169,8 @@ def _draws(
     columns: dict[str, list[Tensor]] = {name: [] for name in dims}
     del structure, observed  # they hold every distribution of the rows, and would do so beside those of each draw
     log_p, log_q = [], []
-    for _ in evaluation.numbers(num_draws):
-        trace, joint, density = _one_draw(evaluation, batch)
+    for number in evaluation.numbers(num_draws):
+        trace, joint, density = _one_draw(evaluation, batch, shared, number)
         for name, values in columns.items():
             values.append(trace.nodes[name]["value"].reshape(shapes[name]))
         log_p.append(joint)
@@ -187,45 +190,77 @@ def _draws(
     return posterior, {name: torch.stack(values).cpu() for name, values in predicted.items()}
 
 
-def _one_draw(evaluation: Evaluation, batch: Batch) -> tuple[Any, Tensor, Tensor]:
-    """A model trace with every latent drawn, log p(x, latents), and the log density it was drawn with."""
+def _one_draw(evaluation: Evaluation, batch: Batch, shared: SharedDraws, number: int) -> tuple[Any, Tensor, Tensor]:
+    """A model trace with every latent drawn, log p(x, latents), and the log density it was drawn with.
+
+    What all data share is held, and its density left out, from the second part of the rows on.
+    """
     bound, structure = evaluation.bound, evaluation.structure
+    held = shared.held(number)
+    guide = bound.guide if held is None else poutine.replay(bound.guide, trace=held)
     with poutine.block():
-        guide_trace = poutine.trace(bound.guide).get_trace(*batch.args, **batch.named())
-    density = _log_prob(guide_trace)
+        guide_trace = poutine.trace(guide).get_trace(*batch.args, **batch.named())
+    shared.keep(number, guide_trace)
+    density = log_prob_of(guide_trace) - shared.counted(number, guide_trace, "guide")
     if structure.enumerated_in_model:
         draw = draw_latent(bound, structure, batch, fixed=guide_trace)
         trace = draw_enumerated(bound, draw, batch)
-        joint = _log_prob(trace)
-        return trace, joint, density + joint - log_joint(draw)
-    with poutine.block():
-        replayed = poutine.replay(bound.model, trace=guide_trace)
-        trace = poutine.trace(replayed).get_trace(*batch.args, **batch.named())
-    return trace, _log_prob(trace), density
+        joint = log_prob_of(trace)
+        of_labels = joint - log_joint(draw)
+    else:
+        with poutine.block():
+            replayed = poutine.replay(bound.model, trace=guide_trace)
+            trace = poutine.trace(replayed).get_trace(*batch.args, **batch.named())
+        joint = log_prob_of(trace)
+        of_labels = torch.zeros_like(joint)
+    return trace, joint - shared.counted(number, trace, "model"), density + of_labels
 
 
 @torch.no_grad()
 def draw_imputations(evaluation: Evaluation, num_draws: int) -> Tensor:
-    """Draws of the missing values of the one observed site that has any, shape (num_draws, *plates, *event)."""
-    batch, structure = evaluation.whole()
-    sites = [site for site in data_sites(structure) if bool(site.value.isnan().any())]
-    if len(sites) != 1:
-        named = ", ".join(str(site) for site in sites) or "none of the observed sites"
+    """Draws of the missing values of the one observed site that has any, shape (num_draws, *plates, *event).
+
+    Many rows are drawn for a part at a time, as for `draw_posterior`.
+
+    Raises:
+        NotEnoughMemoryError: if the draws would not fit in memory.
+        ProgramError: unless one observed site has NaN.
+    """
+    site, structure = _site_to_impute(evaluation), evaluation.structure
+    named = list(zip(site_dims(site), site_shape(site), strict=True))
+    of_draw = math.prod(len(evaluation.rows) if dim == structure.data_plate else size for dim, size in named)
+    copies = 1 if takes_rows_apart(evaluation) else 2  # draws one by one are stacked in the end
+    require_room(
+        copies * num_draws * of_draw * site.value.element_size(),
+        f"{num_draws} draws of {site.name} for {len(evaluation.rows)} rows",
+        FEWER_DRAWS,
+    )
+
+    def drawn(batches: Iterable[Batch], shared: SharedDraws) -> Tensor:
+        joined = Joined(len(evaluation.rows), f"{num_draws} draws of {site.name}", FEWER_DRAWS)
+        place = site_dims(site).index(structure.data_plate) if structure.data_plate in site_dims(site) else 0
+        for batch in batches:
+            shape = [len(batch) if dim == structure.data_plate else size for dim, size in named]
+            draws = []
+            for number in range(num_draws):
+                node = _one_draw(evaluation, batch, shared, number)[0].nodes[site.name]
+                draws.append(node["fn"].impute(node["value"]).reshape(shape))
+            joined.add({site.name: torch.stack(draws).cpu()}, {site.name: 1 + place})
+        return joined.result()[site.name]
+
+    return _by_parts(evaluation, drawn)
+
+
+def _site_to_impute(evaluation: Evaluation) -> Site:
+    bound, found = evaluation.bound, dict[str, Site]()
+    parts = parts_of(evaluation.rows) if takes_rows_apart(evaluation) else iter([evaluation.rows.whole()])
+    for batch in parts:
+        sites = data_sites(traced(bound.model, bound.guide, batch))
+        found |= {site.name: site for site in sites if bool(site.value.isnan().any())}
+    if len(found) != 1:
+        named = ", ".join(map(str, found.values())) or "none of the observed sites"
         raise ProgramError(f"missing values are imputed for one observed site; {named} has NaN: pass x with NaN in one")
-    drawn = []
-    for _ in range(num_draws):
-        trace, _, _ = _one_draw(evaluation, batch)
-        node = trace.nodes[sites[0].name]
-        drawn.append(node["fn"].impute(node["value"]).reshape(site_shape(sites[0])))
-    return torch.stack(drawn).cpu()
-
-
-def _log_prob(trace: Any) -> Tensor:
-    """The trace's log-probability, masked but without the plates' scale, shape ()."""
-    trace.compute_log_prob(site_filter=lambda name, node: is_random(node))
-    nodes = [node for node in trace.nodes.values() if is_random(node)]
-    parts = [scale_and_mask(node["unscaled_log_prob"], mask=node["mask"]).sum() for node in nodes]
-    return torch.as_tensor(sum(parts, torch.zeros(())))
+    return next(iter(found.values()))
 
 
 def _predict(model: Any, trace: Any, batch: Batch) -> Any:
@@ -246,6 +281,7 @@ def _without_data(trace: Any) -> Any:
 def draw_prior(evaluation: Evaluation, num_draws: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Draws of the latent sites from their prior, and of the observed ones given them; shapes (num_draws, ...)."""
     bound = evaluation.bound
+    _require_room(evaluation, num_draws, predictive=True)
     batch, structure = evaluation.whole()
     prior: dict[str, list[Tensor]] = {site.name: [] for site in structure.latent}
     predicted: dict[str, list[Tensor]] = {site.name: [] for site in data_sites(structure)}
@@ -269,24 +305,48 @@ def log_likelihood(evaluation: Evaluation, num_draws: int, num_samples: int) -> 
     structure = evaluation.structure
     if not structure.global_latent:
         return estimate_evidence(evaluation, num_samples, "auto", 512).log_evidence.unsqueeze(0).cpu()
-    batch = evaluation.rows.whole()
-    sampled = any(site.inside(structure.data_plate) for site in sampled_sites(structure))
-    values = []
-    for _ in evaluation.numbers(num_draws):
-        shared = draw_latent(evaluation.bound, structure, batch)
-        weights = [_local_weight(evaluation, batch, shared) for _ in range(num_samples if sampled else 1)]
-        values.append(_log_mean(weights))
-    return torch.stack(values).cpu()
+    plate = structure.data_plate
+    sampled = any(site.inside(plate) for site in sampled_sites(structure))
+
+    def likelihood(batches: Iterable[Batch], shared: SharedDraws) -> Tensor:
+        joined = Joined(len(evaluation.rows), f"{num_draws} draws of the log-likelihood", FEWER_DRAWS)
+        for batch in batches:
+            values = []
+            for draw in _latent_draws(evaluation, batch, num_draws, shared):
+                weights = [_local_weight(evaluation, batch, draw) for _ in range(num_samples if sampled else 1)]
+                values.append(_log_mean(weights))
+            joined.add({"log_likelihood": torch.stack(values).cpu()}, {"log_likelihood": 1})
+        return joined.result()["log_likelihood"]
+
+    return _by_parts(evaluation, likelihood)
 
 
 @torch.no_grad()
 def log_predictive(evaluation: Evaluation, num_draws: int) -> Tensor:
     r"""Log of the mean over draws of p(x_i | theta), shape (n,), nats per datum."""
-    batch, structure = evaluation.rows.whole(), evaluation.structure
-    draws = (draw_latent(evaluation.bound, structure, batch) for _ in evaluation.numbers(num_draws))
-    if weighs_rows(structure):
-        return _log_mean([local_log_weight(draw, structure.data_plate) for draw in draws]).cpu()
-    return _log_mean([_local_weight(evaluation, batch, draw) for draw in draws]).cpu()
+    structure = evaluation.structure
+    by_row = weighs_rows(structure)
+
+    def predictive(batches: Iterable[Batch], shared: SharedDraws) -> Tensor:
+        parts = []
+        for batch in batches:
+            draws = _latent_draws(evaluation, batch, num_draws, shared)
+            if by_row:
+                parts.append(_log_mean([local_log_weight(draw, structure.data_plate) for draw in draws]).cpu())
+            else:
+                parts.append(_log_mean([_local_weight(evaluation, batch, draw) for draw in draws]).cpu())
+        return torch.cat(parts)
+
+    return _by_parts(evaluation, predictive)
+
+
+def _latent_draws(evaluation: Evaluation, batch: Batch, num_draws: int, shared: SharedDraws) -> Iterator[Draw]:
+    """Draws of the latents given a part of the rows, with what all data share as it was for the first part."""
+    for number in evaluation.numbers(num_draws):
+        draw = draw_latent(evaluation.bound, evaluation.structure, batch, fixed=shared.held(number))
+        shared.keep(number, draw.guide_trace)
+        shared.counted(number, draw.guide_trace, "guide")  # which other rows must not change
+        yield draw
 
 
 def _local_weight(evaluation: Evaluation, batch: Batch, shared: Draw) -> Tensor:
@@ -302,24 +362,26 @@ def _log_mean(log_weights: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def mean_responsibilities(evaluation: Evaluation, num_draws: int) -> Mapping[str, Tensor]:
     """p(k_i | x_i), averaged over draws of everything else, by enumerated site; shape (*plates, K), float64."""
-    parts = (
-        evaluation.rows.batches(_rows_at_a_time(evaluation))
-        if takes_rows_apart(evaluation)
-        else iter([evaluation.rows.whole()])
-    )
-    found = [_responsibilities(evaluation, batch, num_draws) for batch in parts]
-    if len(found) == 1:
-        return found[0]
-    rows = {
-        site.name: site_dims(site).index(str(evaluation.structure.data_plate)) for site in evaluation.structure.latent
+    places = {
+        site.name: site_dims(site).index(str(evaluation.structure.data_plate))
+        for site in evaluation.structure.local_latent
     }
-    return {name: torch.cat([part[name] for part in found], rows[name]) for name in found[0]}
+
+    def responsibilities(batches: Iterable[Batch], shared: SharedDraws) -> dict[str, Tensor]:
+        joined = Joined(len(evaluation.rows), "responsibilities")
+        for batch in batches:
+            found = _responsibilities(evaluation, batch, num_draws, shared)
+            if not set(found) <= set(places):
+                return found  # what all data share has no rows; they were looked at all at once
+            joined.add(found, places)
+        return joined.result()
+
+    return _by_parts(evaluation, responsibilities)
 
 
-def _responsibilities(evaluation: Evaluation, batch: Batch, num_draws: int) -> dict[str, Tensor]:
+def _responsibilities(evaluation: Evaluation, batch: Batch, num_draws: int, shared: SharedDraws) -> dict[str, Tensor]:
     totals: dict[str, Tensor] = {}
-    for _ in evaluation.numbers(num_draws):
-        draw = draw_latent(evaluation.bound, evaluation.structure, batch)
+    for draw in _latent_draws(evaluation, batch, num_draws, shared):
         for name, probabilities in enumerated_probabilities(draw).items():
             totals[name] = totals.get(name, 0.0) + probabilities.double().cpu() / num_draws
     return totals

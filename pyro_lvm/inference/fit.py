@@ -140,8 +140,9 @@ def fit(
             fit. A folder that cannot be written to from the beginning is an error before the first step.
         on_nonfinite: what becomes of a step whose loss or gradient is NaN or infinite; it never reaches a parameter.
             "raise" ends the fit with the sites it came from; "skip" leaves the step out and counts it in
-            ``history["skipped"]``; "restore" goes back to the last state that was read out, halves the rate and goes
-            on, at most ten times, or n times with ``("restore", n)``.
+            ``history["skipped"]``; "restore" goes back to the last state that was read out, some 50 steps ago or less,
+            halves the rate, counts it in ``history["restores"]`` and goes on, at most ten times, or n times with
+            ``("restore", n)``.
         size: rows in one walk over a stream (an `IterableDataset` without ``__len__``, or a `DataLoader` over one). A
             stream that gives fewer or more is an error at the end of the epoch.
 

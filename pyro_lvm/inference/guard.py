@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pyro_lvm.capture.step import Step, StepResult
 from pyro_lvm.data import Batch
 from pyro_lvm.errors import NonFiniteError
+from pyro_lvm.inference.buffers import Buffers, Remembered
 from pyro_lvm.inference.iterations import require_counts
 from pyro_lvm.inference.nonfinite import why_not_finite
 from pyro_lvm.parameters import BoundProgram, Snapshot
@@ -55,7 +56,7 @@ class _Kept:
     batch: Batch
     generators: tuple[Tensor, list[Tensor]]
     found: Tensor
-    statistics: list[Tensor]
+    buffers: list[Remembered]
 
 
 class Guard:
@@ -78,9 +79,7 @@ class Guard:
         # others than fused optimisers know no mask: as a gradient scaler does, the flag is read before their step
         self._masks = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._every = every if mode == "raise" and self._masks else 1
-        layers = [layer for module in self.bound.modules for layer in module.modules()]
-        norms = [layer for layer in layers if isinstance(layer, nn.modules.batchnorm._NormBase)]
-        self._statistics = [buffer for layer in norms for buffer in layer.buffers(recurse=False)]
+        self._buffers = Buffers(self.bound.modules)
         self._one = torch.ones((), dtype=torch.float32, device=self._device)  # whatever the default dtype is
         self._sticky = torch.zeros_like(self._one)
         self._kept: list[_Kept] = []
@@ -95,9 +94,8 @@ class Guard:
             NonFiniteError: if the step could not be taken because of values that are not finite.
         """
         on_cuda = torch.cuda.get_rng_state_all() if self._device.type == "cuda" else []
-        statistics = [buffer.clone() for buffer in self._statistics]
         found = torch.zeros_like(self._one)
-        kept = _Kept(number, batch, (torch.get_rng_state(), on_cuda), found, statistics)
+        kept = _Kept(number, batch, (torch.get_rng_state(), on_cuda), found, self._buffers.remember())
         self._kept.append(kept)
         try:
             return step(batch)
@@ -107,7 +105,7 @@ class Guard:
             reason = why_not_finite(self.step, batch, kept.generators, error)
             if reason is None:
                 raise
-            self._give_back_statistics(kept)
+            _put_back(kept)
             raise NonFiniteError(f"step {number + 1}: {reason}") from error
 
     def look(self, result: StepResult) -> bool:
@@ -146,7 +144,7 @@ class Guard:
             self._in_a_row = 0
             return False
         first = steps[found.index(max(found))]
-        self._give_back_statistics(first)
+        _put_back(first)
         if self.mode == "skip" and self._in_a_row < IN_A_ROW - 1:
             self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
             return True
@@ -179,9 +177,15 @@ class Guard:
         if self.mode == "restore":
             self._good = self.bound.snapshot(), copy.deepcopy(self.optimizer.state_dict())
 
+    def totals(self) -> dict[str, int]:
+        """What the history counts in the modes that go on: steps left out, or restores, which undo many each."""
+        return {"skip": {"skipped": self.skipped}, "restore": {"restores": self.restores}}.get(self.mode, {})
+
     def state(self) -> dict[str, Any]:
-        """How far the rate has come down, and what was skipped, as plain values."""
+        """How far the rate has come down, what was skipped, and what "restore" goes back to."""
+        good = None if self._good is None else {"tensors": self._good[0], "optimizer": self._good[1]}
         return {
+            "good": good,
             "rate": self.rate,
             "restores": self.restores,
             "skipped": self.skipped,
@@ -192,7 +196,12 @@ class Guard:
         """Go on from what `state` gave."""
         self.rate, self.restores = state["rate"], state["restores"]
         self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
-        self.all_is_well()
+        self._buffers.start_anew()
+        good = state.get("good")
+        if good is None:
+            self.all_is_well()
+        elif self.mode == "restore":
+            self._good = good["tensors"], good["optimizer"]
 
     def goes_back(self) -> bool:
         """In the mode "restore", put the last good state back and halve the rate, unless that was done too often."""
@@ -201,15 +210,16 @@ class Guard:
         assert self._good is not None, "there is a good state from the beginning"
         snapshot, optimizer = self._good
         self.bound.load(snapshot)
+        self._buffers.start_anew()
         self.optimizer.load_state_dict(copy.deepcopy(optimizer))
         self.rate, self.restores = self.rate / 2, self.restores + 1
         return True
 
-    def _give_back_statistics(self, kept: _Kept) -> None:
-        """Put back what batch norms knew before a step."""
-        with torch.no_grad():
-            for buffer, before in zip(self._statistics, kept.statistics, strict=True):
-                buffer.copy_(before)
+
+def _put_back(kept: _Kept) -> None:
+    """Make the buffers of all modules what they were before a step."""
+    for buffer in kept.buffers:
+        buffer.put_back()
 
 
 def require_on_nonfinite(on_nonfinite: Any) -> tuple[str, int]:

@@ -21,7 +21,8 @@ class HistoryRecorder:
     `columns` is what users see as ``fit.history``: lists with one entry per epoch under ``loss`` (the estimator's
     own, nats of the whole data set), ``elbo`` (the plain bound, nats per datum), ``auxiliary_loss`` (nats per datum,
     where there is one), ``validation_elbo``, and dictionaries ``reconstruction`` and ``kl`` of such lists by site
-    (nats per datum); ``skipped`` counts steps left out because they were not finite. ``elbo`` equals the sum of
+    (nats per datum); ``skipped`` counts steps left out because they were not finite, and
+    ``restores`` how often training went back for that reason, in the modes that do so. ``elbo`` equals the sum of
     ``reconstruction`` minus the sum of ``kl``.
     """
 
@@ -40,16 +41,16 @@ class HistoryRecorder:
         part = result.values * share
         self._running[result.columns] = part if before is None else before + part
 
-    def end_epoch(self, left_out: int | None = None) -> None:
+    def end_epoch(self, totals: Mapping[str, int] | None = None) -> None:
         """Close the running epoch.
 
         Args:
-            left_out: steps that were left out since the fit began, where the fit goes on without them. An epoch
-                without a step is NaN in every other column.
+            totals: what happened since the fit began, by name, such as steps "skipped"; the history holds what
+                happened in each epoch. An epoch without a step is NaN in every other column.
         """
-        if left_out is not None:
-            skipped = self.columns.setdefault("skipped", [])
-            skipped.append(left_out - sum(skipped))
+        for name, total in (totals or {}).items():
+            counts = self.columns.setdefault(name, [])
+            counts.append(total - sum(counts))
         # the last epoch of `steps` may be cut short, and a loader may drop rows: the mean is of what was seen
         self._pending.append({columns: values / self._shares for columns, values in self._running.items()})
         self.abandon_epoch()

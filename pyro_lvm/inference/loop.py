@@ -151,13 +151,14 @@ class Loop:
                     self.alternation.end_step(result)
             if checkpoints is not None and checkpoints.due(self.steps_done):
                 self.guard.read()
-                self._read_out_parameters()
+                if self.guard.mode != "restore":  # where it would be another state to go back to
+                    self._read_out_parameters()
                 checkpoints.save(self.state())
         self.end_epoch()
 
     def end_epoch(self) -> None:
         """Close the running epoch."""
-        self.history.end_epoch(None if self.guard.mode == "raise" else self.guard.skipped + self.guard.restores)
+        self.history.end_epoch(self.guard.totals())
         self.epoch, self.batches_done = self.epoch + 1, 0
 
     def state(self) -> dict[str, Any]:

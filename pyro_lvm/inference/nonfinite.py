@@ -12,6 +12,8 @@ from torch import Tensor
 from pyro_lvm.capture.step import Step
 from pyro_lvm.data import Batch
 from pyro_lvm.declaration import raised_at
+from pyro_lvm.inference.buffers import remember_all
+from pyro_lvm.missing import ObservedPart
 from pyro_lvm.parameters import isolated
 from pyro_lvm.structure import Site, Structure, trace_structure
 
@@ -25,6 +27,9 @@ SCALES = ("scale", "scale_tril", "covariance_matrix", "cov_diag", "concentration
 
 MATRICES = ("scale_tril", "covariance_matrix")
 """Those of which the diagonal counts."""
+
+SHOWN = 5
+"""Entries and columns that are named; of more there is the number."""
 
 _SMALLER = "try a smaller rate (lr=...) or grad_clip_norm=..."
 
@@ -56,7 +61,7 @@ def why_not_finite(
     told = [", ".join(what), *rows, *sites]
     if not rows:
         told.append("The rows of the batch are finite")
-    told.append(f"Parameters are those of the last finite step: {_edit(bool(parameters), rows, structure)}")
+    told.append(f"Parameters are those of the last finite step: {_edit(bool(parameters), rows, structure, batch)}")
     return ". ".join(told)
 
 
@@ -66,7 +71,7 @@ def _replayed(
     """The loss per datum if it is not finite, parameters whose gradient is not, and what one trace shows."""
     loss, gradients, structure = None, [], None
     kept = [(p, p.grad) for p in step.parameters]
-    buffers = [(b, b.clone()) for module in step.bound.modules for b in module.buffers()]
+    buffers = remember_all(step.bound.modules)
     names = {id(p): name for name, p in step.bound.trainable().items()}
     with isolated(None, validate=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -84,9 +89,8 @@ def _replayed(
             pass
     for parameter, gradient in kept:
         parameter.grad = gradient
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    for buffer in buffers:
+        buffer.put_back()
     return loss, gradients, structure
 
 
@@ -103,21 +107,64 @@ def _sites(structure: Structure | None) -> Iterator[Site]:
 
 
 def _of_site(site: Site) -> str | None:
-    """What is wrong with a site, and its distribution's arguments in numbers; None where nothing is."""
+    """What is wrong with a site, in which entries, and its distribution's arguments in numbers; None if nothing is."""
     arguments = _arguments(site)
-    wrong = [f"its {name}" for name, value in arguments.items() if not _finite(value)]
-    if not _finite(site.value):
-        wrong.append("its value")
+    wrong = [
+        f"its {name}{_where(~value.isfinite(), site, name)}" for name, value in arguments.items() if not _finite(value)
+    ]
+    value = _seen(site)
+    if not _finite(value):
+        wrong.append(f"its value{_where(~value.isfinite(), site)}")
+    small: list[str] = []
     if not wrong:
-        log_prob, slope = _log_prob(site, arguments)
-        if not _finite(log_prob):
-            wrong.append("its log-probability")
-        elif not _finite(slope):
-            wrong.append("the gradient of its log-probability")
+        wrong = _of_log_prob(site, arguments)
+        small = [
+            f"its {name} is {float(diagonal.min()):.3g}{_where(diagonal < SMALLEST, site)}"
+            for name, diagonal in _scales(arguments)
+            if float(diagonal.min()) < SMALLEST
+        ]
     if not wrong:
         return None
     shown = ", ".join(f"{name} {_statistics(value)}" for name, value in arguments.items())
-    return f"{site}: {', '.join(wrong)} not finite; {site.kind} with {shown or 'no arguments'}"
+    what = f"{site}: {', '.join(wrong)} not finite; {site.kind} with {shown or 'no arguments'}"
+    return "; ".join([what, *small])
+
+
+def _seen(site: Site) -> Tensor:
+    """The site's value, with noughts in the place of what is missing and may be."""
+    value = site.value.detach()
+    return torch.where(value.isnan(), 0.0, value) if isinstance(site.fn, ObservedPart) else value
+
+
+def _where(bad: Tensor, site: Site, name: str = "") -> str:
+    """Which entries of an event are ``bad`` in any row, in words; nothing for a single number."""
+    if name in MATRICES:
+        bad = bad.any(-1)
+    dims = len(site.fn.event_shape)
+    if not dims or bad.dim() < dims:
+        return ""
+    entries = bad.reshape(-1, *bad.shape[bad.dim() - dims :]).any(0)
+    return f" ({_numbers(entries, 'entry', 'entries')})"
+
+
+def _numbers(bad: Tensor, one: str, several: str) -> str:
+    """Such as "entry 3 of 5", "entries [1, 3] of 5", or "all 5 entries"; counted from 0."""
+    places = [place[0] if len(place) == 1 else tuple(place) for place in bad.nonzero().tolist()]
+    if len(places) == 1:
+        return f"{one} {places[0]} of {bad.numel()}"
+    if len(places) == bad.numel():
+        return f"all {bad.numel()} {several}"
+    listed = ", ".join(map(str, places[:SHOWN])) + (", ..." if len(places) > SHOWN else "")
+    return f"{several} [{listed}] of {bad.numel()}" + (f", {len(places)} in all" if len(places) > SHOWN else "")
+
+
+def _scales(arguments: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Those arguments that have to stay away from nought; of a matrix its diagonal."""
+    return [
+        (name, value.diagonal(dim1=-2, dim2=-1) if name in MATRICES else value)
+        for name, value in arguments.items()
+        if name in SCALES and value.numel()
+    ]
 
 
 def _arguments(site: Site) -> Mapping[str, Tensor]:
@@ -126,18 +173,26 @@ def _arguments(site: Site) -> Mapping[str, Tensor]:
     return {name: value.detach() for name, value in named.items() if isinstance(value, Tensor)}
 
 
-def _log_prob(site: Site, arguments: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The log-probability, and its slopes in the arguments, side by side."""
+def _of_log_prob(site: Site, arguments: Mapping[str, Tensor]) -> list[str]:
+    """What is not finite: the log-probability, or one of its slopes in the arguments."""
     with torch.no_grad():
         log_prob = torch.as_tensor(site.fn.log_prob(site.value))
+        if not _finite(log_prob):
+            of_entries = torch.as_tensor(site.base.log_prob(_seen(site)))
+            whole = of_entries.dim() < site.value.dim()  # a vector has one log-probability, and no entries
+            return ["its log-probability" + ("" if whole else _where(~of_entries.isfinite(), site))]
     try:
         leaves = {n: v.clone().requires_grad_() for n, v in arguments.items() if v.is_floating_point()}
         with torch.enable_grad():
-            total = type(site.base)(**leaves, validate_args=False).log_prob(site.value.detach()).sum()
+            total = type(site.base)(**leaves, validate_args=False).log_prob(_seen(site)).sum()
             slopes = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        return log_prob, torch.cat([slope.reshape(-1) for slope in slopes if slope is not None])
     except (TypeError, ValueError, RuntimeError):  # not every distribution can be made again from its arguments
-        return log_prob, None
+        return []
+    return [
+        f"the gradient of its log-probability in {name}{_where(~slope.isfinite(), site, name)}"
+        for name, slope in zip(leaves, slopes, strict=True)
+        if slope is not None and not _finite(slope)
+    ]
 
 
 def _finite(value: Any) -> bool:
@@ -165,22 +220,37 @@ def _of_rows(name: str, value: Tensor, batch: Batch) -> str:
     place = int(bad.nonzero()[0])
     row = place if batch.index is None else int(batch.index[place])
     of = "of the batch" if batch.index is None else "of the data"
-    return f"{name} holds NaN or infinite values in {int(bad.sum())} of {len(value)} rows, the first in row {row} {of}"
+    columns = ~torch.isfinite(value).all(0)
+    where = f" ({_numbers(columns, 'column', 'columns')})" if columns.dim() else ""
+    count = f"{int(bad.sum())} of {len(value)} rows{where}"
+    return f"{name} holds NaN or infinite values in {count}, the first in row {row} {of}"
 
 
-def _edit(broken: bool, rows: list[str], structure: Structure | None) -> str:
+def _of_constants(batch: Batch) -> str:
+    """Which columns of the data have one value in all rows of the batch."""
+    found = []
+    for name, value in batch.tensors().items():
+        if isinstance(value, Tensor) and value.dim() > 1 and len(value) > 1:
+            same = (value == value[:1]).all(0)
+            if bool(same.any()):
+                values = value[0][same]
+                at = f", at {float(values[0]):.4g}" if bool((values == values[0]).all()) else ""
+                found.append(f"constant in all {len(value)} rows of {name}{at}: {_numbers(same, 'column', 'columns')}")
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def _edit(broken: bool, rows: list[str], structure: Structure | None, batch: Batch) -> str:
     if rows:
         return "drop or impute such rows, or pass missing='marginalize' where they are NaN"
     if broken:
         return "initialise again with fresh=True, or load finite values before the fit"
     for site in _sites(structure):
-        for name, value in _arguments(site).items():
-            if name not in SCALES or not value.numel():
-                continue
-            smallest = float((value.diagonal(dim1=-2, dim2=-1) if name in MATRICES else value).min())
+        for name, value in _scales(_arguments(site)):
+            smallest = float(value.min())
             if smallest < SMALLEST:
+                where = _where(value < SMALLEST, site)
                 return (
-                    f"{name} of {site} has come down to {smallest:.3g}: put a floor under it, or drop a column that "
-                    "does not vary"
+                    f"{name} of {site} has come down to {smallest:.3g}{where}: put a floor under it, or drop a column "
+                    f"that does not vary{_of_constants(batch)}"
                 )
     return _SMALLER

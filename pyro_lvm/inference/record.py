@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_lvm.criticism.evidence import estimate_evidence
 from pyro_lvm.criticism.predictive import draw_imputations, draw_posterior, log_predictive, mean_responsibilities
 from pyro_lvm.criticism.weights import point_estimates
+from pyro_lvm.data import Batch
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
 from pyro_lvm.inference.export import GROUPS, Export, at_least_one, export, refuse_unknown
@@ -20,6 +21,7 @@ from pyro_lvm.parameters import BoundProgram, Snapshot
 from pyro_lvm.posterior import Posterior
 from pyro_lvm.structure import Structure
 from pyro_lvm.to_arviz import loo
+from pyro_lvm.walk import seeds_of_parts, walked
 
 __all__ = ["Fit"]
 
@@ -129,6 +131,7 @@ class Fit:
 
         Raises:
             ProgramError: unless the fit was made with ``missing="marginalize"`` and one observed site has NaN.
+            NotEnoughMemoryError: if the draws would not fit in memory; nothing has been drawn then.
         """
         at_least_one(num_draws, "num_draws")
         if self._bound.program.missing is None:
@@ -137,9 +140,14 @@ class Fit:
         with evaluation.running(seed):
             exact = self._bound.program.hook("impute")
             if exact is not None and not evaluation.structure.global_latent:
-                batch = evaluation.rows.whole()
-                drawn: Tensor = exact(*batch.args, **batch.kwargs, num_draws=num_draws, seed=seed)
-                return drawn.cpu()
+                seeds = seeds_of_parts(seed)
+
+                def drawn(batch: Batch) -> Tensor:
+                    found: Tensor = exact(*batch.args, **batch.kwargs, num_draws=num_draws, seed=next(seeds))
+                    return found
+
+                imputed: Tensor = walked(evaluation.rows, drawn, "imputations", dim=1, num_draws=num_draws)
+                return imputed
             return draw_imputations(evaluation, num_draws)
 
     def responsibilities(self, x: Any, num_samples: int = 1000, seed: int | None = None) -> Tensor:

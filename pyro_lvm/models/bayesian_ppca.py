@@ -20,6 +20,7 @@ from pyro_lvm.models.bayesian_ppca_updates import (
 from pyro_lvm.models.mixture_prior import global_site
 from pyro_lvm.prior_distributions import InUnits
 from pyro_lvm.storage.classes import storable
+from pyro_lvm.walk import by_rows
 
 __all__ = ["BayesianPPCA"]
 
@@ -152,8 +153,9 @@ class BayesianPPCA(nn.Module):
         with pyro.plate("data", rows, subsample=x):
             return pyro.sample("z", self.encode(x))
 
-    def encode(self, x: Tensor) -> dist.MultivariateNormal:
-        """The guide's q of the factors of rows x (n, D): batch shape (n,), event shape (L,)."""
+    @by_rows()
+    def encode(self, x: Any) -> dist.MultivariateNormal:
+        """The guide's q of the factors of rows x (n, D), any data: batch shape (n,), event shape (L,)."""
         self._check_columns(x)
         root = self._root()
         square = self._loadings.mT @ self._loadings + self.num_features * root @ root.mT

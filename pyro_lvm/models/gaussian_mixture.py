@@ -40,6 +40,7 @@ from pyro_lvm.models.mixture_updates import MixtureUpdates
 from pyro_lvm.parameters import generator_for
 from pyro_lvm.priors import NormalInverseWishart
 from pyro_lvm.storage.classes import storable
+from pyro_lvm.walk import by_rows
 
 __all__ = ["GaussianMixture"]
 
@@ -198,11 +199,12 @@ class GaussianMixture(InformationCriteria, nn.Module):
 
     # ------------------------------------------------------------------------------------------------ closed forms
 
-    def log_prob(self, x: Tensor, *, missing: Missing = None) -> Tensor:
-        """Exact log evidence of each row, label summed out; keeps gradients.
+    @by_rows()
+    def log_prob(self, x: Any, *, missing: Missing = None) -> Tensor:
+        """Exact log evidence of each row, label summed out; of a tensor it keeps gradients.
 
         Args:
-            x: data, shape (n, D).
+            x: data, shape (n, D); other data than a tensor are walked, whatever `fit` takes.
             missing: "marginalize" integrates out what is NaN; None makes NaN an error.
 
         Returns:
@@ -213,11 +215,12 @@ class GaussianMixture(InformationCriteria, nn.Module):
         """
         return self._log_joint(x, "log_prob", missing).logsumexp(-1)
 
-    def responsibilities(self, x: Tensor, *, missing: Missing = None) -> Tensor:
-        """Bayes' rule for the label, p(component = k | x); keeps gradients.
+    @by_rows()
+    def responsibilities(self, x: Any, *, missing: Missing = None) -> Tensor:
+        """Bayes' rule for the label, p(component = k | x); of a tensor it keeps gradients.
 
         Args:
-            x: data, shape (n, D).
+            x: data, shape (n, D); other data than a tensor are walked, whatever `fit` takes.
             missing: as for `log_prob`.
 
         Returns:
@@ -235,8 +238,11 @@ class GaussianMixture(InformationCriteria, nn.Module):
             return observed_log_joint(x, *self._natural(), self.covariance)
         return mixture_log_joint(x, *self._natural(), self.covariance)
 
-    def impute(self, x: Tensor, num_draws: int = 100, seed: int | None = None) -> Tensor:
+    @by_rows(dim=1, missing=True)
+    def impute(self, x: Any, num_draws: int = 100, seed: int | None = None) -> Tensor:
         """Draws of what is NaN in x (n, D) from its exact conditional given the rest, shape (num_draws, n, D).
+
+        Data other than a tensor are walked, each part with a seed of its own.
 
         Raises:
             ProgramError: with a prior; ``fit.impute(x)`` draws the parameters too.

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 __all__ = ["InformationCriteria"]
 
@@ -18,14 +17,15 @@ class InformationCriteria:
     num_parameters: Any
 
     @torch.no_grad()
-    def aic(self, x: Tensor) -> float:
-        """Akaike's criterion over all rows of x (n, D): -2 log-likelihood + 2 parameters, nats; smaller is better."""
+    def aic(self, x: Any) -> float:
+        """Akaike's criterion over all rows of x (any data): -2 log-likelihood + 2 parameters, nats; small is good."""
         return float(-2 * self.log_prob(x).sum() + 2 * self.num_parameters)
 
     @torch.no_grad()
-    def bic(self, x: Tensor) -> float:
-        """Bayesian criterion over all rows of x (n, D): -2 log-likelihood + parameters log n, nats; smaller is better.
+    def bic(self, x: Any) -> float:
+        """Bayesian criterion over all rows of x (any data): -2 log-likelihood + parameters log n, nats; small is good.
 
         mclust prints the negative.
         """
-        return float(-2 * self.log_prob(x).sum() + self.num_parameters * math.log(len(x)))
+        log_prob = self.log_prob(x)
+        return float(-2 * log_prob.sum() + self.num_parameters * math.log(len(log_prob)))

@@ -6,7 +6,7 @@ r"""What probabilistic PCA and factor analysis share: the guide, the closed form
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -21,6 +21,7 @@ from pyro_lvm.models.linear_gaussian_densities import condition, marginal_log_de
 from pyro_lvm.models.linear_gaussian_em import LinearGaussianEM, Moments
 from pyro_lvm.models.linear_gaussian_missing import impute_rows, observed_log_density, observed_posterior
 from pyro_lvm.parameters import generator_for
+from pyro_lvm.walk import by_rows
 
 __all__ = ["LinearGaussianModel"]
 
@@ -262,8 +263,9 @@ class LinearGaussianModel(InformationCriteria, nn.Module):
             return _independent_normal(zero, torch.ones_like(zero))
         return dist.MultivariateNormal(zero, scale_tril=torch.ones_like(zero).diag())
 
-    def encode(self, x: Tensor | None) -> dist.TorchDistribution:
-        """The guide's q(z given x) for rows x (n, D): batch shape (n,), event shape (L,)."""
+    @by_rows()
+    def encode(self, x: Any) -> dist.TorchDistribution:
+        """The guide's q(z given x) for rows x (n, D), any data: batch shape (n,), event shape (L,)."""
         loc = (self._as_rows(x) - self.mean) @ self.guide_weight.mT
         if self.guide_covariance == "diag":
             return _independent_normal(loc, self.guide_scale)
@@ -293,26 +295,32 @@ class LinearGaussianModel(InformationCriteria, nn.Module):
 
     # Closed forms.
 
-    def log_prob(self, x: Tensor, *, missing: Missing = None) -> Tensor:
-        """Exact log evidence of rows x (n, D): nats per datum, shape (n,). Keeps gradients.
+    @by_rows()
+    def log_prob(self, x: Any, *, missing: Missing = None) -> Tensor:
+        """Exact log evidence of rows x (n, D): nats per datum, shape (n,). Of a tensor it keeps gradients.
 
-        NaN is an error, or integrated out with ``missing="marginalize"``.
+        NaN is an error, or integrated out with ``missing="marginalize"``. Other data that `fit` takes are walked.
         """
         x = self._as_rows(x).to(self.scale)
         density = observed_log_density if has_missing(x, missing) else marginal_log_density
         return density(x, self.loadings, self.mean, self.noise_scale)
 
-    def posterior(self, x: Tensor, *, missing: Missing = None) -> dist.MultivariateNormal:
-        """Exact p(z given x) for rows x (n, D): batch shape (n,), event shape (L,). Keeps gradients.
+    @by_rows()
+    def posterior(self, x: Any, *, missing: Missing = None) -> dist.MultivariateNormal:
+        """Exact p(z given x) for rows x (n, D): batch shape (n,), event shape (L,). Of a tensor it keeps gradients.
 
-        NaN is an error, or integrated out with ``missing="marginalize"``.
+        NaN is an error, or integrated out with ``missing="marginalize"``. Other data that `fit` takes are walked.
         """
         x = self._as_rows(x).to(self.scale)
         given = observed_posterior if has_missing(x, missing) else posterior_given
         return given(x, self.loadings, self.mean, self.noise_scale)
 
-    def impute(self, x: Tensor, num_draws: int = 100, seed: int | None = None) -> Tensor:
-        """Draws of what is NaN in x (n, D) from its exact conditional given the rest, shape (num_draws, n, D)."""
+    @by_rows(dim=1, missing=True)
+    def impute(self, x: Any, num_draws: int = 100, seed: int | None = None) -> Tensor:
+        """Draws of what is NaN in x (n, D) from its exact conditional given the rest, shape (num_draws, n, D).
+
+        Data other than a tensor are walked, each part with a seed of its own.
+        """
         x = self._as_rows(x).to(self.scale)
         generator = generator_for(seed, x.device)
         return impute_rows(x, self.loadings, self.mean, self.noise_scale, num_draws, generator)

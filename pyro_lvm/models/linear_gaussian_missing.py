@@ -18,6 +18,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_lvm.memory import require_room
+from pyro_lvm.walk import FEWER_DRAWS
+
 __all__ = ["impute_rows", "observed_log_density", "observed_posterior"]
 
 
@@ -59,8 +62,13 @@ def impute_rows(
     generator: torch.Generator,
 ) -> Tensor:
     """Draws of the missing values given the others, shape (num_draws, n, D); arguments as above."""
+    features, latent = loadings.shape
+    require_room(
+        num_draws * len(x) * (4 * features + 2 * latent) * x.element_size(),
+        f"{num_draws} draws of {len(x)} rows",
+        FEWER_DRAWS,
+    )
     posterior = observed_posterior(x, loadings, mean, noise_scale)
-    latent, features = posterior.loc.shape[-1], x.shape[-1]
     shape = (num_draws, len(x), latent + features)
     draws = torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
     for_z, noise = draws.split([latent, features], -1)

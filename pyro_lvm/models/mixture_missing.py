@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_lvm.memory import require_room
 from pyro_lvm.models.mixture_densities import Covariance
+from pyro_lvm.walk import FEWER_DRAWS
 
 __all__ = ["Conditionals", "conditionals", "impute_rows", "observed_log_joint"]
 
@@ -100,6 +102,11 @@ def impute_rows(
     generator: torch.Generator,
 ) -> Tensor:
     """Draws of the missing values given the others, shape (num_draws, n, D)."""
+    features = x.shape[-1]
+    squares = 0 if covariance in ("diag", "spherical") else 3 * min(len(x), _ROWS_AT_ONCE) * features**2
+    require_room(
+        num_draws * (2 * x.numel() + squares) * x.element_size(), f"{num_draws} draws of {len(x)} rows", FEWER_DRAWS
+    )
     drawn = []
     for block in x.split(_ROWS_AT_ONCE):
         found = conditionals(block, locs, scale, covariance)

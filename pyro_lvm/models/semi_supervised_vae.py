@@ -17,6 +17,7 @@ from pyro_lvm.models.amortised import DiagonalNormal, evaluating, matching, requ
 from pyro_lvm.models.classifier_smoothness import classifier_smoothness
 from pyro_lvm.networks import MLP, LabelledMLP
 from pyro_lvm.storage.classes import storable
+from pyro_lvm.walk import by_rows
 
 __all__ = ["SemiSupervisedVAE"]
 
@@ -178,17 +179,22 @@ class SemiSupervisedVAE(nn.Module):
         count = min(max(1, wanted), int(known.sum()), batch_size - 1)
         return [(known.nonzero().squeeze(-1), count), ((~known).nonzero().squeeze(-1), batch_size - count)]
 
+    @by_rows()
     def classify(self, x: Any) -> Tensor:
-        """q(y | x) for rows x, shape (n, D), a tensor or data like a `Binarized` array; shape (n, C)."""
+        """q(y | x) for rows x (n, D), any data (labels in them are not looked at); shape (n, C)."""
         with evaluating(self):
             probabilities: Tensor = self.classifier(matching(self, x)).softmax(-1)
             return probabilities
 
-    def encode(self, x: Tensor, y: Tensor | None = None) -> TorchDistribution:
-        """q(z | x, y), batch shape (n,), event shape (L,); labels that are not given are the classifier's best."""
+    @by_rows()
+    def encode(self, x: Any, y: Any = None) -> TorchDistribution:
+        """q(z | x, y), batch shape (n,), event shape (L,); labels that are not given are the classifier's best.
+
+        Any data are taken, also such as hold x and y; -1 is a label that is not given.
+        """
         with evaluating(self):
             x = matching(self, x)
-            label = self.classifier(x).argmax(-1) if y is None else torch.as_tensor(y, device=x.device)
+            label = self._completed(x, y)
             encoded: TorchDistribution = self.encoder(x, label) if self.encoder_sees_label else self.encoder(x)
             return encoded
 
@@ -199,8 +205,9 @@ class SemiSupervisedVAE(nn.Module):
             decoded: TorchDistribution = self.likelihood(self.decoder(z, torch.as_tensor(y, device=z.device)))
             return decoded
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[x' | z, y] at the encoder's mean and the classifier's best label, shape (n, D)."""
+    @by_rows()
+    def reconstruct(self, x: Any) -> Tensor:
+        """E[x' | z, y] at the encoder's mean and the classifier's best label, shape (n, D); x: any data."""
         label = self.classify(x).argmax(-1)
         return self.decode(self.encode(x, label).mean, label).mean
 
@@ -211,6 +218,14 @@ class SemiSupervisedVAE(nn.Module):
             self._check_labels(drawn, lowest=0)
             decoded = self.decode(self.prior().sample((n,)), drawn)
             return decoded.mean if mean else decoded.sample()
+
+    def _completed(self, x: Tensor, y: Any) -> Tensor:
+        """Labels (n,), the classifier's best where none is given."""
+        given = None if y is None else torch.as_tensor(y, device=x.device)
+        if given is not None and bool((given >= 0).all()):
+            return given
+        best = self.classifier(x).argmax(-1)
+        return best if given is None else torch.where(given >= 0, given, best)
 
     def _clamped(self, logits: Tensor, y: Tensor) -> Tensor:
         if pyro.settings.get("validate_infer"):

@@ -15,6 +15,7 @@ from pyro_lvm.likelihoods import make_likelihood
 from pyro_lvm.models.amortised import DiagonalNormal, PriorScale, evaluating, matching, require_columns
 from pyro_lvm.networks import MLP
 from pyro_lvm.storage.classes import storable
+from pyro_lvm.walk import by_rows
 
 __all__ = ["VAE"]
 
@@ -103,8 +104,9 @@ class VAE(nn.Module):
         prior: TorchDistribution = dist.Normal(torch.zeros_like(scale), scale).expand([self.latent_dim]).to_event(1)
         return prior
 
-    def encode(self, x: Tensor) -> TorchDistribution:
-        """q(z | x) for rows x (n, D): batch shape (n,), event shape (L,)."""
+    @by_rows()
+    def encode(self, x: Any) -> TorchDistribution:
+        """q(z | x) for rows x (n, D), any data: batch shape (n,), event shape (L,)."""
         with evaluating(self):
             encoded: TorchDistribution = self.encoder(matching(self, x))
             return encoded
@@ -115,8 +117,9 @@ class VAE(nn.Module):
             decoded: TorchDistribution = self.likelihood(self.decoder(matching(self, z)))
             return decoded
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[x' | z = E_q[z | x]], shape (n, D)."""
+    @by_rows()
+    def reconstruct(self, x: Any) -> Tensor:
+        """E[x' | z = E_q[z | x]] of rows x, any data, shape (n, D)."""
         return self.decode(self.encode(x).mean).mean
 
     def sample(self, n: int, seed: int | None = None, *, mean: bool = False) -> Tensor:
