@@ -335,7 +335,21 @@ def test_only_a_saved_fit_is_written_over(tmp_path):
     (tmp_path / "empty").mkdir()
     fit.save(tmp_path / "empty")
     fit.save(tmp_path / "empty")
-    assert sorted(p.name for p in (tmp_path / "empty").iterdir()) == ["config.json", "tensors.safetensors"]
+    (tmp_path / "empty" / "tensors-0123456789abcdef.safetensors.77.part").write_text("of a process that died")
+    fit.save(tmp_path / "empty")
+    config, tensors = sorted(p.name for p in (tmp_path / "empty").iterdir())
+    assert config == "config.json"
+    assert json.loads((tmp_path / "empty" / config).read_text())["tensors"]["file"] == tensors
+    (tmp_path / "empty" / "config.json").unlink()
+    fit.save(tmp_path / "empty")  # what a first save leaves that dies
+    assert lvm.load(tmp_path / "empty").elbo == fit.elbo
+    (tmp_path / "empty" / "tensors.safetensors").write_text("x")
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(lvm.StorageError, match=r"something other than a saved fit \(config\.json\)"):
+        fit.save(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").unlink()
+    with pytest.raises(lvm.StorageError, match=r"something other than a saved fit \(tensors\.safetensors\)"):
+        fit.save(tmp_path / "empty")
 
 
 def test_a_folder_that_is_none_of_ours(tmp_path):
@@ -344,9 +358,11 @@ def test_a_folder_that_is_none_of_ours(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(lvm.StorageError, match=r"is no saved fit of pyro_lvm"):
         lvm.load(tmp_path)
-    (tmp_path / "config.json").write_text('{"library": "pyro_lvm", "format": 2}')
-    with pytest.raises(lvm.StorageError, match=r"has format 2, and this version reads format 1: update pyro_lvm"):
-        lvm.load(tmp_path)
+    reads = r"config\.json has format .*, and this version reads formats 1 to 2: update pyro_lvm"
+    for written in (3, 0, True, "2", None):
+        (tmp_path / "config.json").write_text(json.dumps({"library": "pyro_lvm", "format": written}))
+        with pytest.raises(lvm.StorageError, match=reads):
+            lvm.load(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------- tables

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,13 +16,13 @@ from pyro_lvm.errors import StorageError
 from pyro_lvm.evaluation import batch_to_trace
 from pyro_lvm.guides import WORDS, make_guide
 from pyro_lvm.inference.record import Fit
-from pyro_lvm.inference.saving import CONFIG, FORMAT, TENSORS, room_for, sealed, what_it_is
+from pyro_lvm.inference.saving import room_for, what_it_is
 from pyro_lvm.missing import MissingValues
 from pyro_lvm.parameters import BoundProgram, Snapshot, Untouched, isolated
 from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import Program, as_program, floating_dtype
 from pyro_lvm.storage.classes import built
-from pyro_lvm.storage.files import read_file, read_tree
+from pyro_lvm.storage.folder import CONFIG, read_folder
 from pyro_lvm.storage.tree import unpack
 
 __all__ = ["load"]
@@ -76,27 +74,9 @@ def load(path: str | os.PathLike[str], program: Any = None, device: torch.device
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both files, each what its digest says."""
-    try:
-        config = json.loads(read_file(folder / CONFIG).decode())
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{CONFIG} is damaged ({error}): take a copy of it") from error
-    if not isinstance(config, dict) or config.get("library") != "pyro_lvm":
-        raise StorageError(f"{CONFIG} is no saved fit of pyro_lvm: check the path")
-    if config.get("format") != FORMAT:
-        raise StorageError(
-            f"{CONFIG} has format {config.get('format')!r:.40}, and this version reads format {FORMAT}: update pyro_lvm"
-        )
-    expected = config.pop("sha256", None)
-    try:
-        found = sealed(config)
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{CONFIG} is damaged ({error}): take a copy of it") from error
-    if found != expected:
-        raise StorageError(f"{CONFIG} is damaged: its content is not what its sha256 says; take a copy of it")
-    if hashlib.sha256(read_file(folder / TENSORS)).hexdigest() != config.get("tensors"):
-        raise StorageError(f"{TENSORS} is damaged, or belongs to another {CONFIG}: take a copy of both")
-    tree = _of(read_tree(folder / TENSORS), dict, TENSORS)
+    """What the text says, its tensors in their places, and the tree beside it."""
+    config, tree = read_folder(folder)
+    tree = _of(tree, dict, "the file of tensors")
     try:
         content = _of(unpack(config, _tensors(tree, "config")), dict, CONFIG)
     except RecursionError as error:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +15,10 @@ from pyro_lvm.guides import WORDS, nothing_to_approximate
 from pyro_lvm.parameters import BoundProgram, isolated
 from pyro_lvm.program import Program, as_program
 from pyro_lvm.storage.classes import built, described
-from pyro_lvm.storage.files import read_file, write_file, write_tree
+from pyro_lvm.storage.folder import write_folder
 from pyro_lvm.storage.tree import pack
 
-__all__ = ["CONFIG", "FORMAT", "TENSORS", "room_for", "sealed", "what_it_is", "write_fit"]
-
-CONFIG, TENSORS = "config.json", "tensors.safetensors"
-FORMAT = 1
+__all__ = ["room_for", "what_it_is", "write_fit"]
 
 
 def write_fit(fit: Any, path: str | os.PathLike[str]) -> None:
@@ -34,13 +28,9 @@ def write_fit(fit: Any, path: str | os.PathLike[str]) -> None:
         StorageError: if the fit cannot be written without code, the folder holds something else, or the system refuses.
     """
     bound: BoundProgram = fit._bound
-    folder = Path(path)
-    _refuse_foreign(folder)
     missing = bound.program.missing
     guide = _guide(fit)
     content = {
-        "library": "pyro_lvm",
-        "format": FORMAT,
         "program": what_it_is(bound.program, guide, fit._snapshot),
         "guide": guide,
         "elbo": fit.elbo,
@@ -54,12 +44,7 @@ def write_fit(fit: Any, path: str | os.PathLike[str]) -> None:
         "missing": None if missing is None else {"args": missing.args, "kwargs": dict(missing.kwargs)},
         "config": tensors,
     }
-    _write_folder(folder, plain, tree)
-
-
-def sealed(content: Mapping[str, Any]) -> str:
-    """SHA-256 of what the configuration says, however it is laid out."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    write_folder(Path(path), plain, tree)
 
 
 def room_for(snapshot: Mapping[str, Tensor]) -> int:
@@ -123,49 +108,3 @@ def _origins(source: Any) -> list[str]:
     parts = source if isinstance(source, tuple) else (source,)
     named = (part if hasattr(part, "__qualname__") else type(part) for part in parts)
     return [f"{part.__module__}.{part.__qualname__}" for part in named]
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise StorageError(f"{folder} is a file: name a folder that is not there yet")
-    found = {entry.name for entry in folder.iterdir()}
-    if not found:
-        return
-    try:
-        config = json.loads(read_file(folder / CONFIG)) if found <= {CONFIG, TENSORS} else None
-    except (StorageError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict) or config.get("library") != "pyro_lvm":
-        raise StorageError(f"{folder} holds something other than a saved fit: name an empty folder, or one not there")
-
-
-def _write_folder(folder: Path, plain: dict[str, Any], tree: Any) -> None:
-    """Write both files beside ``folder`` and put them in its place when they are whole."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    old = folder.with_name(f"{folder.name}.{os.getpid()}.old")
-    try:
-        temporary.mkdir(parents=True)
-        try:
-            write_tree(temporary / TENSORS, tree)
-            plain["tensors"] = hashlib.sha256(read_file(temporary / TENSORS)).hexdigest()
-            text = json.dumps({**plain, "sha256": sealed(plain)}, indent=1)
-            write_file(temporary / CONFIG, text.encode())
-            if folder.exists():
-                folder.rename(old)
-            try:
-                temporary.rename(folder)
-            except BaseException:
-                if old.exists():
-                    old.rename(folder)
-                raise
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(
-            f"{folder} cannot be written ({error.strerror or error}): see to room and permissions on that disk, or "
-            "name another folder"
-        ) from error
