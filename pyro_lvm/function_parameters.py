@@ -68,6 +68,7 @@ class FunctionParameters:
         constraints: their constraints.
         modules: the modules met.
         meet: called with every module when it is first met, before its parameters are used.
+        saved: called with name and initial value of what is new; the unconstrained value to give it instead, or None.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class FunctionParameters:
         self.constraints: dict[str, Any] = {}
         self.modules: list[nn.Module] = []
         self.meet = meet
+        self.saved: Callable[[str, Any], Tensor | None] | None = None
         self.dtype = dtype
         self.device = device
         self._known: set[int] = set()
@@ -96,13 +98,20 @@ class FunctionParameters:
             module = _asking_module()
             # a function that makes a new nn.Parameter in every call means the first one, as in plain Pyro
             if module is not None or name not in self.unconstrained:
+                saved = None if module is not None else self._saved(name, start)
+                if saved is not None:
+                    start.data = saved
                 self.adopt(name, start, constraint, module)
                 return start
         if name not in self.unconstrained:
             if start is None:
                 raise ProgramError(f"{_statement(name)} has no initial value: write pyro.param({name!r}, tensor)")
-            start = start() if callable(start) and not isinstance(start, Tensor) else start
-            self.unconstrained[name] = self._unconstrain(name, start, constraint)
+            saved = self._saved(name, start)
+            if saved is not None:
+                self.unconstrained[name] = nn.Parameter(saved)
+            else:
+                start = start() if callable(start) and not isinstance(start, Tensor) else start
+                self.unconstrained[name] = self._unconstrain(name, start, constraint)
             self.constraints[name] = constraint
         unconstrained = self.unconstrained[name]
         value: Tensor = transform_to(self.constraints[name])(unconstrained)
@@ -120,6 +129,9 @@ class FunctionParameters:
             self.modules.append(module)
             if self.meet is not None:
                 self.meet(module)
+
+    def _saved(self, name: str, start: Any) -> Tensor | None:
+        return None if self.saved is None else self.saved(name, start)
 
     def _unconstrain(self, name: str, start: Any, constraint: Any) -> nn.Parameter:
         start = torch.as_tensor(start).detach()

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -17,7 +17,7 @@ from pyro_lvm.errors import ProgramError
 from pyro_lvm.function_parameters import FunctionParameters, bind, free
 from pyro_lvm.program import Program, restore_mode, training_mode
 
-__all__ = ["BoundProgram", "Snapshot", "Untouched", "generator_for", "isolated"]
+__all__ = ["BoundProgram", "Declared", "Snapshot", "Untouched", "generator_for", "isolated"]
 
 Snapshot = Mapping[str, Tensor]
 """Cloned unconstrained parameters and buffers by name; see `BoundProgram.snapshot`."""
@@ -93,6 +93,20 @@ class Untouched:
             if gradient is not None and storage_of_gradient is not None:
                 gradient.data = storage_of_gradient.clone()
             tensor.grad = gradient
+
+
+class Declared(NamedTuple):
+    """A parameter that a statement declares.
+
+    Attributes:
+        name: in `pyro.param`; None for a `PyroParam` of a module.
+        tensor: its name in `BoundProgram.snapshot`.
+        constraint: the values that it may have.
+    """
+
+    name: str | None
+    tensor: str
+    constraint: Any
 
 
 class BoundProgram:
@@ -188,6 +202,27 @@ class BoundProgram:
             values[free(name, values)] = transform_to(self.functions.constraints[name])(parameter)
         return {name: value.detach().clone() for name, value in values.items()}
 
+    def declared(self) -> dict[str, Declared]:
+        """What `pyro.param` and `PyroParam` statements declare, by name in `constrained`."""
+        found: dict[str, Declared] = {}
+        taken: set[str] = set()
+        for prefix, module in self.program.modules.items():
+            natural = getattr(module, "constrained", None)
+            if callable(natural):
+                taken |= {_join(prefix, name) for name in natural()}
+                continue
+            for name, _ in nn.Module.named_parameters(module):
+                plain, constraint = _natural_name(module, name)
+                taken.add(_join(prefix, plain))
+                if constraint is not None:
+                    found[_join(prefix, plain)] = Declared(None, _join(prefix, name), constraint)
+        tensors = {id(parameter): name for name, parameter in self._parameters()}
+        for name, parameter in self._of_functions():
+            param = free(name, taken)
+            taken.add(param)
+            found[param] = Declared(name, tensors[id(parameter)], self.functions.constraints[name])
+        return found
+
     def _of_modules(self) -> Iterator[tuple[str, nn.Parameter]]:
         for prefix, module in self.program.modules.items():
             for name, parameter in nn.Module.named_parameters(module):
@@ -225,15 +260,19 @@ class BoundProgram:
 def _constrained_parameters(module: nn.Module) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for name, parameter in nn.Module.named_parameters(module):
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        declared = getattr(owner, "_pyro_params", {})
-        plain = leaf.removesuffix("_unconstrained")
-        if plain != leaf and plain in declared:
-            values[_join(path, plain)] = transform_to(declared[plain][0])(parameter)
-        else:
-            values[name] = parameter
+        plain, constraint = _natural_name(module, name)
+        values[plain] = parameter if constraint is None else transform_to(constraint)(parameter)
     return values
+
+
+def _natural_name(module: nn.Module, name: str) -> tuple[str, Any]:
+    """The name that a module's parameter has in its natural form, and the constraint that a `PyroParam` gives it."""
+    path, _, leaf = name.rpartition(".")
+    declared = getattr(module.get_submodule(path), "_pyro_params", {})
+    plain = leaf.removesuffix("_unconstrained")
+    if plain != leaf and plain in declared:
+        return _join(path, plain), declared[plain][0]
+    return name, None
 
 
 def _join(prefix: str, name: str) -> str:

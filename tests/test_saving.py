@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from saved_programs import NETS, deep, deep_guide
 from small_programs import data, guide_of_mean, mixture, model_of_mean, nothing, rows
 from torch import nn
 
@@ -165,23 +167,6 @@ def test_a_new_process_needs_nothing_but_the_folder(tmp_path):
 # ------------------------------------------------------------------------------------------- what a user brings along
 
 
-def deep(x, size=None):
-    scale = pyro.param("scale", torch.tensor(0.5), constraint=dist.constraints.positive)
-    net = pyro.module("net", NETS["live"])
-    with pyro.plate("data", size or len(x), subsample=x):
-        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-        pyro.sample("x", dist.Normal(net(z[..., None])[..., 0], scale), obs=x)
-
-
-def deep_guide(x, size=None):
-    weight = pyro.param("weight", torch.tensor(0.5))
-    with pyro.plate("data", size or len(x), subsample=x):
-        pyro.sample("z", dist.Normal(weight * x, 0.7))
-
-
-NETS: dict[str, nn.Module] = {}
-
-
 class User(nn.Module):
     def __init__(self, width=2):
         super().__init__()
@@ -227,14 +212,111 @@ def test_programs_that_are_handed_in_again(name, tmp_path):
         assert torch.equal(loaded.posterior(x, 3, seed=1)["z" if name == "pyro.module" else "loc"], expected)
 
 
-def test_live_modules_get_the_values_at_the_first_evaluation(tmp_path):
-    trained, fresh, x = User(), User(), data()
-    lvm.fit(trained, x, **TRAIN).save(tmp_path / "fit")
+class Half(nn.Module):
+    """A module that also declares parameters by name, and registers a network that it does not hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5))
+
+    def model(self, x, size=None):
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=dist.constraints.positive)
+        net = pyro.module("net", NETS["live"])
+        with pyro.plate("data", size or len(x), subsample=x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(net(z[..., None])[..., 0], scale), obs=x)
+
+    def guide(self, x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("z", dist.Normal(self.weight * x, 0.7))
+
+
+@pytest.mark.parametrize("make", [User, Half, lambda: User().model], ids=["recipe", "pyro.param", "a lone method"])
+def test_live_modules_get_the_values_at_once_and_keep_what_is_trained_since(make, tmp_path):
+    def tensor(program):
+        module = getattr(program, "__self__", program)
+        return module.weight if isinstance(module, Half) else module.locs
+
+    NETS["live"] = nn.Linear(1, 1)
+    trained, fresh, x = make(), make(), data()
+    fit = lvm.fit(trained, x, **TRAIN)
+    fit.save(tmp_path / "fit")
     loaded = lvm.load(tmp_path / "fit", fresh)
-    assert torch.equal(fresh.locs, torch.zeros(2))
-    loaded.log_prob(x, 3)
-    assert torch.equal(fresh.locs, trained.locs)
-    assert bool((fresh.locs != 0).all())
+    assert torch.equal(tensor(fresh), tensor(trained))
+    with torch.no_grad():
+        tensor(fresh).add_(1.0)
+    for _ in range(2):
+        assert torch.equal(loaded.log_prob(x, 3, seed=1), fit.log_prob(x, 3, seed=1))
+        assert torch.equal(tensor(fresh), tensor(trained) + 1.0)
+    same(dict(loaded.params), dict(fit.params))
+
+
+def test_networks_that_functions_register_get_the_values_when_they_are_met(tmp_path):
+    NETS["live"] = trained = nn.Linear(1, 1)
+    x = data()
+    fit = lvm.fit((deep, deep_guide), x, **TRAIN)
+    fit.save(tmp_path / "fit")
+    expected = fit.log_prob(x, 3, seed=1)
+    NETS["live"] = fresh = nn.Linear(1, 1)
+    loaded = lvm.load(tmp_path / "fit", (deep, deep_guide))
+    assert torch.equal(loaded.log_prob(x, 3, seed=1), expected)
+    assert torch.equal(fresh.weight, trained.weight)
+    with torch.no_grad():
+        fresh.weight.add_(1.0)
+    assert torch.equal(loaded.log_prob(x, 3, seed=1), expected)
+    assert torch.equal(fresh.weight, trained.weight + 1.0)
+
+
+def test_an_evaluation_that_fails_leaves_the_live_values(tmp_path):
+    NETS["live"] = nn.Linear(1, 1)
+    fit = lvm.fit(Half(), data(), **TRAIN)
+    fit.save(tmp_path / "fit")
+    fresh = Half()
+    loaded = lvm.load(tmp_path / "fit", fresh)
+    with torch.no_grad():
+        fresh.weight.fill_(7.0)
+    NETS["live"] = nn.Linear(1, 2)
+    with pytest.raises(lvm.StorageError, match=r"'net\$\$\$weight' of Half is torch.float64 of shape \(2, 1\)"):
+        loaded.log_prob(data(), 3)
+    assert fresh.weight.item() == 7.0
+    assert NETS["live"].weight.dtype == torch.float32
+    NETS["live"] = nn.Linear(1, 1)
+    assert torch.equal(loaded.log_prob(data(), 3, seed=1), fit.log_prob(data(), 3, seed=1))
+
+
+def by_row(x, size=None, index=None):
+    scale = pyro.param("scale", torch.tensor(0.5), constraint=dist.constraints.positive)
+    with pyro.plate("data", size or len(x), subsample=index):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+
+def rows_of(kind, size):
+    return {"a tensor": torch.zeros(size), "a function": lambda: torch.zeros(size)}.get(
+        kind, nn.Parameter(torch.zeros(size))
+    )
+
+
+def guide_by_row(x, size=None, index=None):
+    locs = pyro.param("locs", rows_of(WIDTH["kind"], size or len(x)))
+    with pyro.plate("data", size or len(x), subsample=index):
+        pyro.sample("z", dist.Normal(locs[index], 0.7))
+
+
+@pytest.mark.parametrize("kind", ["a tensor", "a function", "an nn.Parameter"])
+def test_the_first_evaluation_may_be_of_fewer_rows_than_a_parameter_has(kind, tmp_path):
+    WIDTH["kind"] = kind
+    x = data(400)
+    fit = lvm.fit((by_row, guide_by_row), x, **TRAIN)
+    fit.save(tmp_path / "fit")
+    for number in (3, 300, 400):
+        loaded = lvm.load(tmp_path / "fit", (by_row, guide_by_row))
+        drawn = loaded.posterior(x[:number], 3, seed=1)["z"]
+        assert torch.equal(drawn, fit.posterior(x[:number], 3, seed=1)["z"])
+        same(dict(loaded.params), dict(fit.params))
+        loaded.save(tmp_path / "again")
+        again = lvm.load(tmp_path / "again", (by_row, guide_by_row))
+        assert torch.equal(again.posterior(x, 3, seed=1)["z"], fit.posterior(x, 3, seed=1)["z"])
 
 
 def test_a_guide_that_was_given_beside_the_program(tmp_path):
@@ -282,6 +364,69 @@ def test_shapes_are_compared_before_anything_moves(tmp_path):
     assert wrong.locs.dtype == torch.float32
 
 
+CONSTRAINT: dict[str, object] = {}
+
+
+def constrained(x, size=None):
+    scale = pyro.param("scale", torch.full((2,), 0.5), constraint=CONSTRAINT["now"])
+    with pyro.plate("data", size or len(x), subsample=x):
+        pyro.sample("x", dist.Normal(0.0, scale.abs().sum() + 0.1), obs=x)
+
+
+class Declares(pyro.nn.PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.scale = pyro.nn.PyroParam(torch.full((2,), 0.5), CONSTRAINT["now"])
+
+    def model(self, x, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", dist.Normal(0.0, self.scale.abs().sum() + 0.1), obs=x)
+
+    def guide(self, x, size=None):
+        """Nothing is latent."""
+
+
+OTHER_CONSTRAINTS = [
+    dist.constraints.unit_interval,
+    dist.constraints.real,
+    dist.constraints.greater_than(1e-4),
+    dist.constraints.softplus_positive,
+    dist.constraints.interval(0.0, 2.0),
+    dist.constraints.simplex,
+    dist.constraints.ordered_vector,
+]
+
+
+@pytest.mark.parametrize("make", [lambda: (constrained, nothing), Declares], ids=["pyro.param", "PyroParam"])
+@pytest.mark.parametrize("other", OTHER_CONSTRAINTS, ids=str)
+def test_a_parameter_under_another_constraint_is_refused(make, other, tmp_path):
+    x = data()
+    CONSTRAINT["now"] = dist.constraints.positive
+    fit = lvm.fit(make(), x, **TRAIN)
+    fit.save(tmp_path / "fit")
+    CONSTRAINT["now"] = other
+    words = (
+        rf"parameter 'scale' of .* has constraint {re.escape(str(other))} now, and had "
+        r"GreaterThan\(lower_bound=0.0\) when .*fit was written: .*; give it the constraint that it had"
+    )
+    program = make()
+    with pytest.raises(lvm.StorageError, match=words):
+        lvm.load(tmp_path / "fit", program).log_prob(x)
+    for alike in (dist.constraints.greater_than(0), dist.constraints.nonnegative):
+        CONSTRAINT["now"] = alike
+        assert torch.equal(lvm.load(tmp_path / "fit", make()).log_prob(x), fit.log_prob(x))
+
+
+def test_a_parameter_under_another_constraint_is_refused_in_files_of_format_1(monkeypatch):
+    NETS["live"] = nn.Linear(1, 1)
+    loaded = lvm.load(SAVED / "pair", (deep, deep_guide))
+    monkeypatch.setattr(dist.constraints, "positive", dist.constraints.unit_interval)
+    with pytest.raises(lvm.StorageError, match=r"'scale' of .* has constraint Interval.* now, and had another when"):
+        loaded.log_prob(data(12, dtype=torch.float32), 3)
+    monkeypatch.undo()
+    loaded.log_prob(data(12, dtype=torch.float32), 3)
+
+
 def test_another_program_is_refused_by_name(tmp_path):
     lvm.fit(lvm.PPCA(3, 1), rows(), **TRAIN).save(tmp_path / "fit")
     with pytest.raises(lvm.StorageError, match=r"holds a fit of 'PPCA', and program is FactorAnalysis"):
@@ -306,7 +451,7 @@ def test_parameters_made_on_the_way_are_compared_at_the_first_evaluation(tmp_pat
     assert torch.equal(loaded.log_prob(x), fit.log_prob(x))
 
 
-WIDTH: dict[str, int] = {}
+WIDTH: dict[str, object] = {}
 
 
 def test_what_cannot_be_made_again_is_refused_when_saved(tmp_path):
@@ -404,14 +549,30 @@ def test_every_class_of_the_table_has_an_example():
 # ------------------------------------------------------------------------------------------------------------- for ever
 
 
-@pytest.mark.parametrize("name", ["gaussian_mixture", "vae"])
-def test_fits_of_format_1_load_for_ever(name):
-    fit = lvm.load(SAVED / name)
+def now(name, fit, x):
+    """What a kept fit says today."""
+    if name.endswith("pair"):
+        fit.log_prob(x, 3)
+        return fit._bound.constrained()
+    return {"all": fit.program.encode(x).mean if name.endswith("vae") else fit.log_prob(x)}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SAVED.glob("*.json")))
+def test_kept_fits_load_for_ever(name):
+    NETS["live"] = nn.Linear(1, 1)
+    fit = lvm.load(SAVED / name, (deep, deep_guide) if name.endswith("pair") else None)
     expected = json.loads((SAVED / f"{name}.json").read_text())
-    x = torch.tensor(expected["x"])
     assert fit.elbo == expected["elbo"]
-    found = fit.program.encode(x).mean if name == "vae" else fit.log_prob(x)
-    torch.testing.assert_close(found, torch.tensor(expected["found"]), rtol=1e-4, atol=1e-5)
+    found = now(name, fit, torch.tensor(expected["x"]))
+    kept = expected["found"] if isinstance(expected["found"], dict) else {"all": expected["found"]}
+    assert found.keys() == kept.keys()
+    for key, value in kept.items():
+        torch.testing.assert_close(found[key], torch.tensor(value), rtol=1e-4, atol=1e-5)
+
+
+def test_fits_of_every_format_are_kept():
+    kept = [json.loads((path.with_suffix("") / "config.json").read_text())["format"] for path in SAVED.glob("*.json")]
+    assert set(kept) == {1}
 
 
 def test_a_built_in_program_with_other_arguments_is_refused(tmp_path):

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_lvm.data import Rows
 from pyro_lvm.errors import StorageError
-from pyro_lvm.evaluation import batch_to_trace
-from pyro_lvm.guides import WORDS, make_guide
+from pyro_lvm.guides import WORDS
+from pyro_lvm.inference.first_evaluation import FirstEvaluation, SavedValues
 from pyro_lvm.inference.record import Fit
 from pyro_lvm.inference.saving import room_for, what_it_is
 from pyro_lvm.missing import MissingValues
-from pyro_lvm.parameters import BoundProgram, Snapshot, Untouched, isolated
-from pyro_lvm.preflight.tracing import traced
-from pyro_lvm.program import Program, as_program, floating_dtype
+from pyro_lvm.parameters import Declared, Snapshot, isolated
+from pyro_lvm.program import Program, as_program
 from pyro_lvm.storage.classes import built
 from pyro_lvm.storage.folder import CONFIG, read_folder
 from pyro_lvm.storage.tree import unpack
@@ -41,8 +39,8 @@ def load(path: str | os.PathLike[str], program: Any = None, device: torch.device
         path: the folder.
         program: what was fitted, as it was handed to `fit`: needed unless that was a built-in program that holds
             nothing of yours. If `fit` was also given a guide that is no recipe: the tuple (program, guide). Its
-            modules get the saved values; parameters that functions make with `pyro.param` get them at the first
-            evaluation.
+            modules get the saved values now; parameters that functions make with `pyro.param`, networks that they
+            register and guides made from the model get them when they are first made, by an evaluation.
         device: where to; None is the CPU.
 
     Returns:
@@ -100,9 +98,14 @@ def _fit(config: dict[str, Any], tree: dict[str, Any], program: Any, where: torc
         raise StorageError(f"it holds a fit of {made.get('name')!r:.80}, and program is {resolved.name}: pass that one")
     if program is not None:
         _require_same_arguments(made, what_it_is(resolved, guide, snapshot))
-    recipe = guide.get("recipe")
-    first = _First(resolved, recipe, snapshot, floating_dtype(snapshot.values()), where, folder)
-    bound = first.at_once()
+    declared = (
+        _declared_in_format_1(snapshot, params)
+        if config["format"] == 1
+        else _declared(config.get("declared"), snapshot, params)
+    )
+    size = _of(info["n"], int, "info['n']")
+    saved = SavedValues(str(folder), resolved.name, snapshot, params, declared, size)
+    bound = FirstEvaluation(resolved, guide.get("recipe"), saved, where).at_once()
     shown = source[0] if guide["kind"] == "beside" else source
     return Fit(shown, params, history, elbo, info, bound, snapshot)
 
@@ -178,95 +181,23 @@ def _missing(tree: Any, where: torch.device) -> MissingValues | None:
     return MissingValues(placed, {k: None if v is None else v.to(where) for k, v in kwargs.items()}, active=False)
 
 
-@dataclass(frozen=True)
-class _First:
-    """Gives a program its saved values: at once, or where it makes parameters on the way, at its first evaluation."""
-
-    program: Program
-    recipe: str | None
-    snapshot: Snapshot
-    dtype: torch.dtype | None
-    device: torch.device
-    folder: Path
-
-    def at_once(self) -> BoundProgram:
-        """The program with its values, or one that waits for data."""
-        alone = self.program if self.program.guide is not None else self.program.with_guide(_waiting)
-        untouched = Untouched(alone.modules.values())
-        bound = BoundProgram(alone, None, self.dtype, self.device)
-        try:
-            for module in alone.modules.values():
-                self._place(module)
-            tensors = dict(bound.tensors())
-            self._compare(tensors)
-            if self.recipe is None and tensors.keys() == self.snapshot.keys():
-                bound.load(self.snapshot)
-            else:
-                bound.first_rows = self
-                untouched.restore()
-        except BaseException:
-            untouched.restore()
-            raise
-        return bound
-
-    def __call__(self, bound: BoundProgram, rows: Rows) -> None:
-        """Make what is made on the way, compare it, and only then give everything its values."""
-        program = self.program
-        untouched = Untouched(bound.program.modules.values())
-
-        def meet(module: nn.Module) -> None:
-            untouched.remember(module)
-            self._place(module)
-
-        try:
-            for module in program.modules.values():
-                self._place(module)
-            batch = rows.first(batch_to_trace(program, rows))
-            made = BoundProgram(program, self._maker(rows, meet), self.dtype, self.device, meet)
-            traced(made.model, made.guide, batch)
-            tensors = dict(made.tensors())
-            self._compare(tensors)
-            lacking = [name for name in self.snapshot if name not in tensors]
-            if lacking:
-                raise StorageError(f"{self.folder} holds {lacking[0]!r}, and {program.name} makes no such parameter")
-            made.load(self.snapshot)
-        except BaseException:
-            untouched.restore()
-            raise
-        made.functions.meet = None
-        vars(bound).update(vars(made))
-
-    def _maker(self, rows: Rows, meet: Callable[[nn.Module], None]) -> Callable[..., Any] | None:
-        if self.recipe is None:
-            return None
-        program, recipe = self.program, self.recipe
-        alone = BoundProgram(program.with_guide(_waiting), None, self.dtype, self.device, meet)
-        structure = traced(alone.model, None, rows.first(batch_to_trace(program, rows)))
-        index = program.names("index")
-
-        def build(model: Callable[..., Any]) -> Callable[..., Any]:
-            return make_guide(model, structure, recipe, names_index=index, minibatches=False)  # type: ignore[arg-type]
-
-        return build
-
-    def _place(self, module: nn.Module) -> None:
-        module.to(device=self.device, dtype=self.dtype)
-
-    def _compare(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            saved = self.snapshot.get(name)
-            if saved is None:
-                raise StorageError(f"{self.program.name} has a tensor {name!r} that {self.folder} does not hold")
-            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-                raise StorageError(
-                    f"{name!r} of {self.program.name} is {tensor.dtype} of shape {tuple(tensor.shape)}, and in "
-                    f"{self.folder} {saved.dtype} of shape {tuple(saved.shape)}: pass the program, and evaluate on "
-                    "data, that the fit was made with"
-                )
+def _declared(tree: Any, snapshot: Snapshot, params: Mapping[str, Tensor]) -> dict[str, Declared]:
+    """What the file says of parameters that have a constraint."""
+    found: dict[str, Declared] = {}
+    for param, entry in _of(tree, dict, "declared").items():
+        fields = _of(entry, dict, f"declared[{param!r:.80}]")
+        name, tensor, constraint = (fields.get(key) for key in ("name", "tensor", "constraint"))
+        known = isinstance(tensor, str) and tensor in snapshot and param in params
+        if not known or not all(isinstance(words, str | None) for words in (name, constraint)):
+            raise StorageError(f"{CONFIG} declares {param!r:.80} as {entry!r:.80}, which is no parameter of the fit")
+        found[param] = Declared(name, tensor, constraint)
+    return found
 
 
-def _waiting(*args: Any, **kwargs: Any) -> None:
-    """Stands where a guide will be, once there are data to make it from."""
+def _declared_in_format_1(snapshot: Snapshot, params: Mapping[str, Tensor]) -> dict[str, Declared]:
+    """The same where the file does not say: names in `pyro.param` are those of tensors, but for primes."""
+    tensors = {name.rstrip("'"): name for name in snapshot if name in params}  # a function's come after a module's
+    return {tensor: Declared(name, tensor, None) for name, tensor in tensors.items()}
 
 
 def _tensors(tree: Mapping[str, Any], name: str) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ def write_fit(fit: Any, path: str | os.PathLike[str]) -> None:
     content = {
         "program": what_it_is(bound.program, guide, fit._snapshot),
         "guide": guide,
+        "declared": _declared(bound),
         "elbo": fit.elbo,
         "info": dict(fit.info),
         "history": dict(fit.history),
@@ -50,6 +51,19 @@ def write_fit(fit: Any, path: str | os.PathLike[str]) -> None:
 def room_for(snapshot: Mapping[str, Tensor]) -> int:
     """How many numbers a tensor of a program with these parameters may have."""
     return 4096 + sum(tensor.numel() for tensor in snapshot.values())
+
+
+def _declared(bound: BoundProgram) -> dict[str, Any]:
+    """What is made again by statements of the program; of what has not been made yet since it was loaded, as it was."""
+    saved = getattr(bound.functions.saved, "declared", {})
+    return {
+        param: {
+            "name": entry.name,
+            "tensor": entry.tensor,
+            "constraint": None if entry.constraint is None else str(entry.constraint),
+        }
+        for param, entry in {**saved, **bound.declared()}.items()
+    }
 
 
 def _guide(fit: Any) -> dict[str, Any]:
