@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import json
 import pathlib
+import platform
 import re
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from torch import nn
 import pyro_lvm as lvm
 from pyro_lvm import likelihoods, networks
 from pyro_lvm.storage import classes
+from pyro_lvm.storage.folder import sealed
 
 SAVED = pathlib.Path(__file__).parent / "saved"
 
@@ -113,6 +116,7 @@ def test_what_is_loaded_answers_as_what_was_saved(name, tmp_path):
     assert repr(loaded) == repr(fit)
     assert loaded.history == dict(fit.history)
     assert loaded.info == fit.info
+    assert loaded.sites == fit.sites
     same(asked(loaded, x), asked(fit, x))
 
 
@@ -162,6 +166,50 @@ def test_a_new_process_needs_nothing_but_the_folder(tmp_path):
     found = load_file(tmp_path / "out")
     assert torch.equal(found["drawn"], fit.posterior(x, num_draws=3, seed=5)["z"])
     assert torch.equal(found["log_prob"], fit.log_prob(x, 3, 6))
+
+
+def test_the_text_says_what_was_fitted_with_what_to_what(tmp_path):
+    fit = lvm.fit(lvm.GaussianMixture(2, 3, "diag", prior()), rows(), steps=4, seed=7)
+    fit.save(tmp_path / "fit")
+    config = json.loads((tmp_path / "fit" / "config.json").read_text())
+    assert config["format"] == 2
+    assert config["program"]["class"] == "GaussianMixture"
+    assert config["program"]["arguments"]["num_components"] == 2
+    assert (config["estimator"], config["seed"], config["n"]) == ("TraceEnum_ELBO()", 7, 40)
+    assert config["versions"] == {
+        **{name: importlib.metadata.version(name) for name in ("torch", "pyro-ppl", "pyro-lvm")},
+        "python": platform.python_version(),
+    }
+    assert not set(config["info"]) & {"estimator", "seed", "n", "versions"}
+    by_name = {site["name"]: site for site in config["sites"]["model"]}
+    assert by_name["weights"] == {
+        "name": "weights",
+        "kind": "latent",
+        "distribution": "Dirichlet",
+        "plates": {},
+        "event_shape": [2],
+        "enumerated": None,
+    }
+    assert {name: site["kind"] for name, site in by_name.items()} == {
+        **dict.fromkeys(("weights", "scales", "locs", "component"), "latent"),
+        "x": "observed",
+    }
+    assert by_name["component"]["enumerated"] == "parallel"
+    assert by_name["x"]["plates"] == {"data": 40}
+    assert by_name["x"]["event_shape"] == [3]
+    of_guide = {site["name"] for site in config["sites"]["guide"] if site["kind"] == "latent"}
+    assert of_guide == {"weights", "scales", "locs"}
+
+
+def test_every_key_of_the_text_is_missed_by_name(tmp_path):
+    lvm.fit(lvm.PPCA(3, 1), rows(), **TRAIN).save(tmp_path / "fit")
+    config = json.loads((tmp_path / "fit" / "config.json").read_text())
+    del config["sha256"]
+    for key in [key for key in config if key not in ("library", "format")]:
+        without = {name: value for name, value in config.items() if name != key}
+        (tmp_path / "fit" / "config.json").write_text(json.dumps({**without, "sha256": sealed(without)}))
+        with pytest.raises(lvm.StorageError, match=rf"config\.json (lacks|names no file of tensors).*'{key}'"):
+            lvm.load(tmp_path / "fit")
 
 
 # ------------------------------------------------------------------------------------------- what a user brings along

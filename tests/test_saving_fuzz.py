@@ -61,7 +61,7 @@ HOSTILE = [
 ]
 
 
-CENTRAL = ("program", "guide", "declared", "format", "library", "tensors")
+CENTRAL = ("format", "program", "guide", "declared", "estimator", "seed", "n", "versions", "sites", "tensors")
 """Keys whose values are each tried in every place."""
 
 

@@ -15,7 +15,8 @@ from pyro_lvm.errors import StorageError
 from pyro_lvm.guides import WORDS
 from pyro_lvm.inference.first_evaluation import FirstEvaluation, SavedValues
 from pyro_lvm.inference.record import Fit
-from pyro_lvm.inference.saving import room_for, what_it_is
+from pyro_lvm.inference.saving import OF_EVERY_RECORD, room_for, what_it_is
+from pyro_lvm.inference.sites import SiteTable
 from pyro_lvm.missing import MissingValues
 from pyro_lvm.parameters import Declared, Snapshot, isolated
 from pyro_lvm.program import Program, as_program
@@ -25,7 +26,7 @@ from pyro_lvm.storage.tree import unpack
 
 __all__ = ["load"]
 
-_SHOWN = ("program", "guide", "estimator", "n", "steps", "stopped")
+_SHOWN = {"program": str, "guide": str, "estimator": str, "n": int, "steps": int, "stopped": str, "versions": dict}
 """What a record says of itself."""
 
 
@@ -85,13 +86,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _fit(config: dict[str, Any], tree: dict[str, Any], program: Any, where: torch.device, folder: Path) -> Fit:
     snapshot = {name: value.to(where) for name, value in _tensors(tree, "snapshot").items()}
     params = {name: value.to(where) for name, value in _tensors(tree, "params").items()}
-    info, history = _of(config.get("info"), dict, "info"), _of(config.get("history"), dict, "history")
-    lacking = [name for name in _SHOWN if name not in info]
-    if lacking:
-        raise StorageError(f"{CONFIG} lacks {lacking[0]!r} in its info: take a copy of it")
-    elbo = _of(config.get("elbo"), float, "elbo")
-    made = _of(config.get("program"), dict, "program")
-    guide = _of(config.get("guide"), dict, "guide")
+    info, sites = _info(config), _sites(config)
+    history, elbo = _key(config, "history", dict), _key(config, "elbo", float)
+    made, guide = _key(config, "program", dict), _key(config, "guide", dict)
     source = _source(made, program, guide, snapshot)
     resolved = _resolved(source, guide, _missing(tree.get("missing"), where))
     if program is not None and resolved.name != made.get("name") and guide["kind"] != "beside":
@@ -101,13 +98,35 @@ def _fit(config: dict[str, Any], tree: dict[str, Any], program: Any, where: torc
     declared = (
         _declared_in_format_1(snapshot, params)
         if config["format"] == 1
-        else _declared(config.get("declared"), snapshot, params)
+        else _declared(_key(config, "declared", dict), snapshot, params)
     )
-    size = _of(info["n"], int, "info['n']")
-    saved = SavedValues(str(folder), resolved.name, snapshot, params, declared, size)
+    saved = SavedValues(str(folder), resolved.name, snapshot, params, declared, info["n"])
     bound = FirstEvaluation(resolved, guide.get("recipe"), saved, where).at_once()
     shown = source[0] if guide["kind"] == "beside" else source
-    return Fit(shown, params, history, elbo, info, bound, snapshot)
+    return Fit(shown, params, history, elbo, info, sites, bound, snapshot)
+
+
+def _info(config: dict[str, Any]) -> dict[str, Any]:
+    """The record of how it was made; what stands by itself in the file comes back into it."""
+    kept = _key(config, "info", dict)
+    apart = {} if config["format"] == 1 else {key: _key(config, key, object) for key in OF_EVERY_RECORD}
+    info = {**kept, **apart}
+    for name, kind in _SHOWN.items():
+        if name not in info:
+            raise StorageError(f"{CONFIG} lacks {name!r}: take a copy of it")
+        _of(info[name], kind, name)
+    return info
+
+
+def _sites(config: dict[str, Any]) -> SiteTable:
+    if config["format"] == 1:  # which does not say
+        return {}
+    sites: dict[str, Any] = _key(config, "sites", dict)
+    for part in ("model", "guide") if sites else ():
+        for entry in _key(sites, part, list):
+            for key in ("name", "kind", "distribution", "plates", "event_shape"):
+                _key(_of(entry, dict, f"a site of the {part}"), key, object)
+    return sites
 
 
 def _require_same_arguments(made: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -181,10 +200,10 @@ def _missing(tree: Any, where: torch.device) -> MissingValues | None:
     return MissingValues(placed, {k: None if v is None else v.to(where) for k, v in kwargs.items()}, active=False)
 
 
-def _declared(tree: Any, snapshot: Snapshot, params: Mapping[str, Tensor]) -> dict[str, Declared]:
+def _declared(tree: dict[str, Any], snapshot: Snapshot, params: Mapping[str, Tensor]) -> dict[str, Declared]:
     """What the file says of parameters that have a constraint."""
     found: dict[str, Declared] = {}
-    for param, entry in _of(tree, dict, "declared").items():
+    for param, entry in tree.items():
         fields = _of(entry, dict, f"declared[{param!r:.80}]")
         name, tensor, constraint = (fields.get(key) for key in ("name", "tensor", "constraint"))
         known = isinstance(tensor, str) and tensor in snapshot and param in params
@@ -206,6 +225,12 @@ def _tensors(tree: Mapping[str, Any], name: str) -> dict[str, Tensor]:
         _of(key, str, name)
         _of(value, Tensor, f"{name}[{key!r:.80}]")
     return found
+
+
+def _key(config: Mapping[str, Any], name: str, kind: type) -> Any:
+    if name not in config:
+        raise StorageError(f"{CONFIG} lacks {name!r}: take a copy of it")
+    return _of(config[name], kind, name)
 
 
 def _of(value: Any, kind: type, name: str) -> Any:

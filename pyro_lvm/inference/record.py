@@ -16,6 +16,7 @@ from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
 from pyro_lvm.inference.export import GROUPS, Export, at_least_one, export, refuse_unknown
 from pyro_lvm.inference.saving import write_fit
+from pyro_lvm.inference.sites import SiteTable
 from pyro_lvm.parameters import BoundProgram, Snapshot
 from pyro_lvm.posterior import Posterior
 from pyro_lvm.structure import Structure
@@ -46,6 +47,9 @@ class Fit:
         info: how it was made: seed, versions, estimator and why, optimiser, n, steps, seconds, outcome. With the same
             data ``fit(program, data, **info["arguments"])`` makes the run again, once what ``info["objects"]`` names is
             handed over too.
+        sites: under "model" and "guide" a list of their sample sites: ``name``, ``kind`` (observed, latent,
+            auxiliary), ``distribution``, ``plates`` with their sizes, ``event_shape``, ``enumerated``; empty where an
+            old file does not say.
 
     Example:
         >>> import torch, pyro_lvm as lvm
@@ -62,6 +66,7 @@ class Fit:
     history: Mapping[str, Any]
     elbo: float
     info: Mapping[str, Any]
+    sites: SiteTable
     _bound: BoundProgram = field(compare=False)
     _snapshot: Snapshot = field(compare=False)
 

@@ -18,7 +18,10 @@ from pyro_lvm.storage.classes import built, described
 from pyro_lvm.storage.folder import write_folder
 from pyro_lvm.storage.tree import pack
 
-__all__ = ["room_for", "what_it_is", "write_fit"]
+__all__ = ["OF_EVERY_RECORD", "room_for", "what_it_is", "write_fit"]
+
+OF_EVERY_RECORD = ("estimator", "seed", "n", "versions")
+"""Entries of ``info`` that stand by themselves in the file."""
 
 
 def write_fit(fit: Any, path: str | os.PathLike[str]) -> None:
@@ -34,8 +37,10 @@ def write_fit(fit: Any, path: str | os.PathLike[str]) -> None:
         "program": what_it_is(bound.program, guide, fit._snapshot),
         "guide": guide,
         "declared": _declared(bound),
+        **{key: fit.info[key] for key in OF_EVERY_RECORD},
+        "sites": dict(fit.sites),
         "elbo": fit.elbo,
-        "info": dict(fit.info),
+        "info": {key: value for key, value in fit.info.items() if key not in OF_EVERY_RECORD},
         "history": dict(fit.history),
     }
     plain, tensors = pack(content, "config")
