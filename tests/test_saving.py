@@ -475,6 +475,91 @@ def test_a_parameter_under_another_constraint_is_refused_in_files_of_format_1(mo
     loaded.log_prob(data(12, dtype=torch.float32), 3)
 
 
+def alike(module, distribution=dist.Normal, latent="loc"):
+    """A pair that is called like another, in a module of that name."""
+
+    def model(x, size=None):
+        loc = pyro.sample(latent, dist.Normal(0.0, 10.0))
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("x", distribution(loc, 1.0), obs=x)
+
+    def guide(x, size=None):
+        m = pyro.param("m", torch.tensor(0.0))
+        pyro.sample(latent, dist.Normal(m, 0.1))
+
+    for part in (model, guide):
+        part.__module__, part.__qualname__ = module, part.__name__
+    return model, guide
+
+
+@pytest.mark.parametrize(("there", "here"), [("mine", "mine"), ("__main__", "mine"), ("mine", "__main__")])
+def test_a_script_that_is_run_and_one_that_is_imported_are_the_same(there, here, tmp_path):
+    x = data()
+    fit = lvm.fit(alike(there), x, **TRAIN)
+    fit.save(tmp_path / "fit")
+    assert torch.equal(lvm.load(tmp_path / "fit", alike(here)).log_prob(x, 3, seed=1), fit.log_prob(x, 3, seed=1))
+
+
+def test_code_that_stands_elsewhere_is_warned_of(tmp_path):
+    x = data()
+    fit = lvm.fit(alike("mine"), x, **TRAIN)
+    fit.save(tmp_path / "fit")
+    with pytest.warns(lvm.ProgramWarning, match=r"elsewhere \(mine\.model there, others\.model here\): if") as caught:
+        loaded = lvm.load(tmp_path / "fit", alike("others"))
+    assert caught[0].filename == __file__
+    assert torch.equal(loaded.log_prob(x, 3, seed=1), fit.log_prob(x, 3, seed=1))
+    loaded.save(tmp_path / "fit")
+    lvm.load(tmp_path / "fit", alike("others"))
+    model, guide = alike("mine")
+    fit = lvm.fit(model, x, guide=guide, **TRAIN)
+    fit.save(tmp_path / "fit")
+    lvm.load(tmp_path / "fit", (model, guide))
+    with pytest.warns(lvm.ProgramWarning, match=r"elsewhere \(mine\.guide there, others\.guide here\)"):
+        lvm.load(tmp_path / "fit", (model, alike("others")[1]))
+
+
+def test_a_pair_of_the_same_names_with_other_sites_is_refused(tmp_path):
+    x = data()
+    lvm.fit(alike("mine"), x, **TRAIN).save(tmp_path / "fit")
+    loaded = lvm.load(tmp_path / "fit", alike("mine", dist.Laplace))
+    for _ in range(2):
+        words = r"site 'x' of the model was Normal when .*fit was written, and .* has site 'x' \(test_sav.*is Laplace"
+        with pytest.raises(lvm.StorageError, match=words):
+            loaded.log_prob(x, 3)
+    loaded = lvm.load(tmp_path / "fit", alike("mine", latent="mu"))
+    with pytest.raises(
+        lvm.StorageError, match=r"site 'loc' of the model was Normal .* \(model, guide\) has no such site"
+    ):
+        loaded.log_prob(x, 3)
+
+
+class Sometimes(nn.Module):
+    """A label that is observed, latent, or left out, as the data are."""
+
+    def __init__(self):
+        super().__init__()
+        self.locs = nn.Parameter(torch.tensor([-1.0, 1.0]))
+
+    def model(self, x, y=None, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            if y is not None:
+                pyro.sample("y", dist.Bernoulli(logits=self.locs[1] * z), obs=y)
+            pyro.sample("x", dist.Normal(self.locs[0] * z, 1.0), obs=x)
+
+    def guide(self, x, y=None, size=None):
+        with pyro.plate("data", size or len(x), subsample=x):
+            pyro.sample("z", dist.Normal(0.5 * x, 0.7))
+
+
+def test_other_data_may_leave_out_what_was_observed(tmp_path):
+    x = data()
+    fit = lvm.fit(Sometimes(), (x, (x > 1).double()), **TRAIN)
+    fit.save(tmp_path / "fit")
+    loaded = lvm.load(tmp_path / "fit", Sometimes())
+    assert torch.equal(loaded.log_prob(x, 3, seed=1), fit.log_prob(x, 3, seed=1))
+
+
 def test_another_program_is_refused_by_name(tmp_path):
     lvm.fit(lvm.PPCA(3, 1), rows(), **TRAIN).save(tmp_path / "fit")
     with pytest.raises(lvm.StorageError, match=r"holds a fit of 'PPCA', and program is FactorAnalysis"):

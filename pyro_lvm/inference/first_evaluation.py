@@ -19,9 +19,11 @@ from pyro_lvm.data import Batch, Rows
 from pyro_lvm.errors import StorageError
 from pyro_lvm.evaluation import batch_to_trace
 from pyro_lvm.guides import make_guide, nothing_to_approximate
+from pyro_lvm.inference.sites import SiteTable
 from pyro_lvm.parameters import BoundProgram, Declared, Snapshot, Untouched
 from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import Program, floating_dtype
+from pyro_lvm.structure import Structure
 
 __all__ = ["FirstEvaluation", "SavedValues"]
 
@@ -36,6 +38,7 @@ class SavedValues:
         snapshot: values by name, as `BoundProgram.snapshot` gives them.
         params: the same in their natural form.
         declared: what the file says of parameters that have a constraint, by name in ``params``.
+        sites: what the file says of the sites.
         size: rows that were fitted.
         rows: numbers of rows in the batch at hand: where an initial value has so many entries, the saved one may have
             ``size``.
@@ -46,6 +49,7 @@ class SavedValues:
     snapshot: Snapshot
     params: Mapping[str, Tensor]
     declared: Mapping[str, Declared]
+    sites: SiteTable
     size: int
     rows: frozenset[int] = field(default_factory=frozenset)
 
@@ -102,6 +106,30 @@ class SavedValues:
                 raise StorageError(
                     f"parameter {param!r} of {self.name} has constraint {words} now, and had {before} when "
                     f"{self.folder} was written: its value would be another; give it the constraint that it had"
+                )
+
+    def compare_sites(self, structure: Structure) -> None:
+        """Raise unless the program has the latent sites that it had, and every site the distribution that it had.
+
+        Other data may leave out a site that was observed, or observe one that was latent.
+
+        Raises:
+            StorageError: naming a site.
+        """
+        now = {"model": structure.model, "guide": structure.guide}
+        for part, entries in self.sites.items():
+            for entry in entries:
+                name, before = entry["name"], entry["distribution"]
+                site = now[part].get(name)
+                if site is None and part == "model" and entry["kind"] == "latent":
+                    here = "has no such site now"
+                elif site is not None and before != site.kind and "Masked" not in (before, site.kind):
+                    here = f"is {site.kind} now"
+                else:
+                    continue
+                raise StorageError(
+                    f"site {name!r} of the {part} was {before!s:.80} when {self.folder} was written, and {self.name} "
+                    f"{here if site is None else f'has {site}, which {here}'}: pass what was fitted"
                 )
 
     def _fits(self, start: torch.Size, saved: torch.Size) -> bool:
@@ -169,15 +197,13 @@ class FirstEvaluation:
         try:
             for module in program.modules.values():
                 self._place(module)
-            tensors = dict(bound.tensors())
-            self.saved.compare(tensors)
+            self.saved.compare(dict(bound.tensors()))
             bound.load(self.saved.snapshot)
             self.saved.compare_constraints(bound)
         except BaseException:
             untouched.restore()
             raise
-        if self.recipe is not None or tensors.keys() != self.saved.snapshot.keys():
-            bound.first_rows = self
+        bound.first_rows = self
         return bound
 
     def __call__(self, bound: BoundProgram, rows: Rows) -> None:
@@ -200,7 +226,7 @@ class FirstEvaluation:
                 saved.rows = frozenset((len(batch), batch.size))
                 made = BoundProgram(program, self._maker(batch, meet), self.dtype, self.device, meet)
                 made.functions.saved = saved
-                traced(made.model, made.guide, batch)
+                structure = traced(made.model, made.guide, batch)
             tensors = dict(made.tensors())
             saved.compare(tensors)
             # the loss beside the bound, which is not evaluated, may have parameters of its own
@@ -210,6 +236,7 @@ class FirstEvaluation:
             made.load({name: value for name, value in saved.snapshot.items() if name not in there})
             with made.holding(saved.snapshot):
                 saved.compare_constraints(made)
+            saved.compare_sites(structure)
         except BaseException:
             untouched.restore()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_lvm.errors import StorageError
+from pyro_lvm.errors import ProgramWarning, StorageError
 from pyro_lvm.guides import WORDS
 from pyro_lvm.inference.first_evaluation import FirstEvaluation, SavedValues
 from pyro_lvm.inference.record import Fit
-from pyro_lvm.inference.saving import OF_EVERY_RECORD, room_for, what_it_is
+from pyro_lvm.inference.saving import OF_EVERY_RECORD, origins, room_for, what_it_is
 from pyro_lvm.inference.sites import SiteTable
 from pyro_lvm.missing import MissingValues
 from pyro_lvm.parameters import Declared, Snapshot, isolated
@@ -36,6 +37,11 @@ def load(path: str | os.PathLike[str], program: Any = None, device: torch.device
     The digests in the folder notice accidents, not forgery. A forged folder may say what it likes, but runs no code:
     there is no pickle in it, and it can name no class but those of this package.
 
+    Code of one's own is known again by its name, its parameters with their constraints, and its sites with their
+    distributions: where one is another, loading or the first evaluation refuses. Where it stands is no such mark: a
+    script that is run is ``__main__``, and what is imported from it later is not; code is moved between modules, and
+    the fit is still its fit. So what comes from ``__main__`` is taken as it is, and another module is warned of.
+
     Args:
         path: the folder.
         program: what was fitted, as it was handed to `fit`: needed unless that was a built-in program that holds
@@ -51,6 +57,9 @@ def load(path: str | os.PathLike[str], program: Any = None, device: torch.device
         StorageError: if the folder cannot be read, is damaged, is none of ours, or holds another program's
             parameters. ``program`` is then as it was. Parameters that are made at the first evaluation are compared
             there.
+
+    Warns:
+        ProgramWarning: if ``program`` stands in another module than what was fitted.
 
     Example:
         >>> import tempfile, torch, pyro_lvm as lvm
@@ -95,12 +104,13 @@ def _fit(config: dict[str, Any], tree: dict[str, Any], program: Any, where: torc
         raise StorageError(f"it holds a fit of {made.get('name')!r:.80}, and program is {resolved.name}: pass that one")
     if program is not None:
         _require_same_arguments(made, what_it_is(resolved, guide, snapshot))
+        _warn_of_others(made, guide, program)
     declared = (
         _declared_in_format_1(snapshot, params)
         if config["format"] == 1
         else _declared(_key(config, "declared", dict), snapshot, params)
     )
-    saved = SavedValues(str(folder), resolved.name, snapshot, params, declared, info["n"])
+    saved = SavedValues(str(folder), resolved.name, snapshot, params, declared, sites, info["n"])
     bound = FirstEvaluation(resolved, guide.get("recipe"), saved, where).at_once()
     shown = source[0] if guide["kind"] == "beside" else source
     return Fit(shown, params, history, elbo, info, sites, bound, snapshot)
@@ -140,6 +150,28 @@ def _require_same_arguments(made: Mapping[str, Any], here: Mapping[str, Any]) ->
                 f"it holds a fit of {made['class']} with {name}={there.get(name)!r:.80}, and program has "
                 f"{name}={now.get(name)!r:.80}: pass what was fitted"
             )
+
+
+def _warn_of_others(made: Mapping[str, Any], guide: Mapping[str, Any], program: Any) -> None:
+    """Say so where the code stands elsewhere than when it was fitted."""
+    if made.get("class") is not None:
+        return
+    there = [*_of(made.get("from"), list, "from"), *_of(guide.get("from", []), list, "from")]
+    handed = program if guide["kind"] == "beside" else (program,)
+    here = [named for part in handed for named in origins(part)]
+    moved = [
+        f"{before} there, {module}.{name} here"
+        for before, (module, name) in zip(there, here, strict=False)
+        if before != f"{module}.{name}" and before != f"__main__.{name}"
+        if module != "__main__" or not str(before).endswith(f".{name}")
+    ]
+    if moved:
+        warnings.warn(
+            f"the fit is of code that stands elsewhere ({moved[0]:.300}): if it has only been moved, all is well; save "
+            "the loaded fit to be rid of this warning. Else pass what was fitted",
+            ProgramWarning,
+            stacklevel=4,
+        )
 
 
 def _source(made: dict[str, Any], program: Any, guide: Mapping[str, Any], snapshot: Snapshot) -> Any:

@@ -18,7 +18,7 @@ from pyro_lvm.storage.classes import built, described
 from pyro_lvm.storage.folder import write_folder
 from pyro_lvm.storage.tree import pack
 
-__all__ = ["OF_EVERY_RECORD", "room_for", "what_it_is", "write_fit"]
+__all__ = ["OF_EVERY_RECORD", "origins", "room_for", "what_it_is", "write_fit"]
 
 OF_EVERY_RECORD = ("estimator", "seed", "n", "versions")
 """Entries of ``info`` that stand by themselves in the file."""
@@ -103,13 +103,13 @@ def _guide(fit: Any) -> dict[str, Any]:
                 "that returns a new one"
             )
         return {"kind": "conjugate"}
-    return {"kind": "beside"}
+    return {"kind": "beside", "from": _dotted(guide)}
 
 
 def what_it_is(program: Program, guide: Mapping[str, Any], snapshot: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the program is made of, if that is ours alone; else what it is called."""
     source = program.source
-    named = {"class": None, "name": program.name, "from": _origins(source)}
+    named = {"class": None, "name": program.name, "from": _dotted(source)}
     if guide["kind"] == "beside":
         return named
     try:
@@ -123,7 +123,12 @@ def what_it_is(program: Program, guide: Mapping[str, Any], snapshot: Mapping[str
     return {**named, **tree} if same else named
 
 
-def _origins(source: Any) -> list[str]:
+def _dotted(source: Any) -> list[str]:
+    return [".".join(names) for names in origins(source)]
+
+
+def origins(source: Any) -> list[tuple[str, str]]:
+    """Module and qualified name of what was handed over; of an object those of its class."""
     parts = source if isinstance(source, tuple) else (source,)
     named = (part if hasattr(part, "__qualname__") else type(part) for part in parts)
-    return [f"{part.__module__}.{part.__qualname__}" for part in named]
+    return [(part.__module__, part.__qualname__) for part in named]
