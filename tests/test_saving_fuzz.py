@@ -61,8 +61,11 @@ HOSTILE = [
 ]
 
 
-CENTRAL = ("format", "program", "guide", "declared", "estimator", "seed", "n", "versions", "sites", "tensors")
-"""Keys whose values are each tried in every place."""
+CENTRAL = ("format", "record", "program", "guide", "declared", "estimator", "seed", "n", "versions", "data", "tensors")
+"""Keys whose values are each tried in every place; of the others some are drawn."""
+
+USED_LATER = ("guide", "declared", "sites", "info", "data")
+"""Keys whose values are used by the first evaluation."""
 
 
 X = rows(30, 4, dtype=torch.float32)
@@ -75,6 +78,10 @@ def fits():
     yield lvm.em(lvm.GaussianMixture(2, 4), x, seed=0, missing="marginalize")
     yield lvm.fit(lvm.GaussianMixture(2, 4, prior=prior), x, steps=2, seed=0)
     yield lvm.fit(lvm.VAE(4, 2, hidden=(3,), likelihood="normal"), x, steps=2, seed=0)
+    yield lvm.fit(lvm.VAE(4, 2, hidden=(3,), likelihood="normal"), x, steps=2, seed=0, amortized=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lvm.ProgramWarning)  # few draws are not to be trusted
+        yield lvm.mcmc(lvm.GaussianMixture(2, 4, prior=prior), x, num_draws=6, num_warmup=6, num_chains=2, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +104,11 @@ def judge(folder, fit=None, x=None):
         if str(folder) not in str(error):
             pytest.fail(f"the folder is not named: {error}")
         return False
+    except lvm.ProgramError:  # what a forger says of plates and rows is told as of any program
+        return False
     if fit is not None:
-        assert loaded.elbo == fit.elbo
+        assert type(loaded) is type(fit)
+        assert getattr(loaded, "elbo", None) == getattr(fit, "elbo", None)
         assert loaded.info == fit.info
         assert loaded._snapshot.keys() == fit._snapshot.keys()
         assert all(torch.equal(value, fit._snapshot[name]) for name, value in loaded._snapshot.items())
@@ -197,7 +207,7 @@ def test_hostile_values_with_digests_of_their_own(saved, tmp_path):
             (tmp_path / "fit" / CONFIG).write_bytes(seal(changed(config, path, value)))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch says that a layer without numbers has nothing to initialise
-                judge(tmp_path / "fit", x=X if path and path[0] == "declared" else None)
+                judge(tmp_path / "fit", x=X if path and path[0] in USED_LATER else None)
             count += 1
     assert count > 1500
 

@@ -172,12 +172,14 @@ class FirstEvaluation:
         recipe: as `make_guide` takes it, or None.
         saved: the values.
         device: where they are.
+        then: called with the structure that was seen, before anything has moved; or None.
     """
 
     program: Program
     recipe: Any
     saved: SavedValues
     device: torch.device
+    then: Callable[[Structure], None] | None = None
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -233,10 +235,12 @@ class FirstEvaluation:
             lacking = [name for name in saved.snapshot if name not in tensors]
             if lacking and program.hook("auxiliary_loss") is None:
                 raise StorageError(f"{saved.folder} holds {lacking[0]!r}, and {program.name} makes no such parameter")
+            saved.compare_sites(structure)
+            if self.then is not None:
+                self.then(structure)
             made.load({name: value for name, value in saved.snapshot.items() if name not in there})
             with made.holding(saved.snapshot):
                 saved.compare_constraints(made)
-            saved.compare_sites(structure)
         except BaseException:
             untouched.restore()
             raise

@@ -11,14 +11,16 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_lvm.errors import StorageError
-from pyro_lvm.guides import WORDS, nothing_to_approximate
+from pyro_lvm.guides import AUTOGUIDES, WORDS, nothing_to_approximate
 from pyro_lvm.parameters import BoundProgram, isolated
+from pyro_lvm.per_datum import PerDatumGuide
+from pyro_lvm.per_datum import described as of_each
 from pyro_lvm.program import Program, as_program
 from pyro_lvm.storage.classes import built, described
 from pyro_lvm.storage.folder import write_folder
 from pyro_lvm.storage.tree import pack
 
-__all__ = ["OF_EVERY_RECORD", "origins", "room_for", "what_it_is", "write_fit"]
+__all__ = ["OF_EVERY_RECORD", "origins", "room_for", "what_it_is", "write_chains", "write_fit"]
 
 OF_EVERY_RECORD = ("estimator", "seed", "n", "versions")
 """Entries of ``info`` that stand by themselves in the file."""
@@ -30,27 +32,41 @@ def write_fit(fit: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         StorageError: if the fit cannot be written without code, the folder holds something else, or the system refuses.
     """
-    bound: BoundProgram = fit._bound
-    missing = bound.program.missing
-    guide = _guide(fit)
-    content = {
-        "program": what_it_is(bound.program, guide, fit._snapshot),
+    missing = fit._bound.program.missing
+    content = {"record": "fit", "elbo": fit.elbo, "history": dict(fit.history)}
+    means = None if missing is None else {"args": missing.args, "kwargs": dict(missing.kwargs)}
+    _write(path, fit, _guide(fit), content, {"params": dict(fit.params), "missing": means})
+
+
+def write_chains(chains: Any, path: str | os.PathLike[str]) -> None:
+    """Write `Chains` to the folder ``path``; `pyro_lvm.load` reads it.
+
+    Raises:
+        StorageError: if the folder holds something else, or the system refuses.
+    """
+    bound: BoundProgram = chains._bound
+    with bound.holding(chains._snapshot):
+        params = {**getattr(bound.functions.saved, "params", {}), **bound.constrained()}
+    drawn = {"draws": dict(chains.draws), "statistics": dict(chains.statistics), "params": params}
+    _write(path, chains, {"kind": "draws"}, {"record": "chains", "data": chains._data}, drawn)
+
+
+def _write(
+    path: str | os.PathLike[str], record: Any, guide: dict[str, Any], content: dict[str, Any], tree: dict[str, Any]
+) -> None:
+    """What all records have in common, and ``content`` and ``tree`` of their own."""
+    bound: BoundProgram = record._bound
+    whole = {
+        "program": what_it_is(as_program(bound.program.source), guide, record._snapshot),
         "guide": guide,
         "declared": _declared(bound),
-        **{key: fit.info[key] for key in OF_EVERY_RECORD},
-        "sites": dict(fit.sites),
-        "elbo": fit.elbo,
-        "info": {key: value for key, value in fit.info.items() if key not in OF_EVERY_RECORD},
-        "history": dict(fit.history),
+        **{key: record.info[key] for key in OF_EVERY_RECORD},
+        "sites": dict(record.sites),
+        "info": {key: value for key, value in record.info.items() if key not in OF_EVERY_RECORD},
+        **content,
     }
-    plain, tensors = pack(content, "config")
-    tree = {
-        "params": dict(fit.params),
-        "snapshot": dict(fit._snapshot),
-        "missing": None if missing is None else {"args": missing.args, "kwargs": dict(missing.kwargs)},
-        "config": tensors,
-    }
-    write_folder(Path(path), plain, tree)
+    plain, tensors = pack(whole, "config")
+    write_folder(Path(path), plain, {**tree, "snapshot": dict(record._snapshot), "config": tensors})
 
 
 def room_for(snapshot: Mapping[str, Tensor]) -> int:
@@ -72,29 +88,30 @@ def _declared(bound: BoundProgram) -> dict[str, Any]:
 
 
 def _guide(fit: Any) -> dict[str, Any]:
-    """How the guide is to be had again."""
+    """How the guide is to be had again.
+
+    ``kind`` says where it comes from: the program's own, handed in beside it, built by a recipe, or given by a method
+    of the program. A guide with parameters for each datum is described, and ``kind`` says where that comes from which
+    it runs for what all data share, "nowhere" if there is no such thing.
+    """
     program: Program = fit._bound.program
-    word = fit.info["guide"]
-    if word == "per datum":
-        raise StorageError(
-            "this fit has a guide with parameters for each datum (amortized=False), which cannot be made without the "
-            "data: save the fit that it started from"
-        )
-    guide = program.guide
-    own = as_program(program.source).guide
-    if program.missing is not None:
-        guide = getattr(guide, "__wrapped__", guide)
-    if own is not None and guide == own:
-        return {"kind": "own"}
+    guide, word = program.guide, fit.info["guide"]
+    if isinstance(guide, PerDatumGuide):
+        each = {"per datum": of_each(guide)}
+        return {"kind": "nowhere", **each} if guide.shared is None else {**_from(guide.shared, program), **each}
+    came = _from(guide, program)
+    if came["kind"] == "own":
+        return came
     waiting = fit._bound.first_rows is not None  # loaded, and not asked anything yet
     made = waiting or guide is nothing_to_approximate or isinstance(guide, AutoGuide)
-    if made and word in WORDS:
+    of_pyro = waiting or not isinstance(guide, AutoGuide) or type(guide).__module__.startswith("pyro.infer.autoguide")
+    if made and (word in WORDS or (word in AUTOGUIDES and of_pyro)):
         return {"kind": "recipe", "recipe": word}
-    if made and word != "given":
-        words = ", ".join(map(repr, WORDS))
+    if made and word not in ("given", "conjugate"):
+        words = ", ".join((*map(repr, WORDS), *AUTOGUIDES))
         raise StorageError(
             f"the guide {word} was made from a class that a file may not name: fit with one of {words}, or pass an "
-            "object, guide=AutoGuideClass(model)"
+            f"object, guide={word}(model), which is handed to lvm.load again"
         )
     if word == "conjugate":
         if program.hook("conjugate_guide") is None:
@@ -103,7 +120,15 @@ def _guide(fit: Any) -> dict[str, Any]:
                 "that returns a new one"
             )
         return {"kind": "conjugate"}
-    return {"kind": "beside", "from": _dotted(guide)}
+    return came
+
+
+def _from(guide: Any, program: Program) -> dict[str, Any]:
+    """Where a guide comes from that nobody made for the fit."""
+    own = as_program(program.source).guide
+    if program.missing is not None:
+        guide = getattr(guide, "__wrapped__", guide)
+    return {"kind": "own"} if own is not None and guide == own else {"kind": "beside", "from": _dotted(guide)}
 
 
 def what_it_is(program: Program, guide: Mapping[str, Any], snapshot: Mapping[str, Tensor]) -> dict[str, Any]:
