@@ -15,6 +15,7 @@ from torch import nn
 
 import pyro_lvm as lvm
 from pyro_lvm import guides
+from pyro_lvm.storage.folder import sealed
 
 TRAIN = {"steps": 4, "seed": 1}
 
@@ -78,6 +79,17 @@ def test_what_cannot_be_made_again_is_refused_when_saved(kind, tmp_path):
     fit.save(tmp_path / "fit")
     loaded = lvm.load(tmp_path / "fit", (model_of_mean, kind(model_of_mean)))
     assert torch.equal(loaded.log_prob(x, 5, seed=1), fit.log_prob(x, 5, seed=1))
+
+
+@pytest.mark.parametrize("name", ["AutoGuideList", "AutoNormalizingFlow", "Mine", "os.system", "map_", ""])
+def test_a_file_names_no_guide_but_those_of_the_table(name, tmp_path):
+    lvm.fit(model_of_mean, data(), guide="map", **TRAIN).save(tmp_path / "fit")
+    config = json.loads((tmp_path / "fit" / "config.json").read_text())
+    config["guide"]["recipe"] = name
+    del config["sha256"]
+    (tmp_path / "fit" / "config.json").write_text(json.dumps({**config, "sha256": sealed(config)}))
+    with pytest.raises(lvm.StorageError, match=rf"a guide 'recipe' of '{name}' is not known"):
+        lvm.load(tmp_path / "fit", model_of_mean)
 
 
 # -------------------------------------------------------------------------------------------- parameters for each datum

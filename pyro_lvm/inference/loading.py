@@ -1,4 +1,4 @@
-"""A saved fit, read again: nothing is run that a file names beyond classes of this package."""
+"""A saved fit, read again: nothing is run that a file names beyond classes of this package and Pyro's autoguides."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load(path: str | os.PathLike[str], program: Any = None, device: torch.device
     """Read what `Fit.save` or `Chains.save` wrote; it needs neither the data nor a step of training.
 
     The digests in the folder notice accidents, not forgery. A forged folder may say what it likes, but runs no code:
-    there is no pickle in it, and it can name no class but those of this package.
+    there is no pickle in it, and it can name no class but those of this package and Pyro's autoguides.
 
     Code of one's own is known again by its name, its parameters with their constraints, and its sites with their
     distributions: where one is another, loading or the first evaluation refuses. Where it stands is no such mark: a

@@ -238,15 +238,17 @@ class Fit:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fit to a folder that `pyro_lvm.load` reads.
 
-        ``config.json`` says what it is, ``tensors.safetensors`` holds the numbers; there is no pickle. Digests notice
+        ``config.json`` says what it is and names the file of tensors beside it; there is no pickle. Digests notice
         accidents, not forgery.
 
         Args:
-            path: the folder; new, empty, or with a saved fit, whose place this one takes when it is whole.
+            path: the folder; new, empty, or with a saved fit, whose place this one takes in one moment: whenever this
+                process dies, who reads finds the old one or this one, whole.
 
         Raises:
             StorageError: if the folder holds something else, the system refuses, or the guide cannot be made again
-                from a file (``amortized=False``).
+                from a file: one made from an autoguide class of your own, or a conjugate one of a program without a
+                method ``conjugate_guide()``.
         """
         write_fit(self, path)
 
