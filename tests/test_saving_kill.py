@@ -15,6 +15,7 @@ import torch
 from small_programs import rows
 
 import pyro_lvm as lvm
+from pyro_lvm.storage import folder as storage
 
 DIES = """
 import os, pathlib, shutil, sys
@@ -174,6 +175,22 @@ def test_a_reader_meets_one_fit_or_the_other_while_they_are_saved_over_each_othe
             writer.join()
     assert met == {0, 1}
     assert names(tmp_path / "fit") == ["config.json", "tensors"]
+
+
+def test_a_reader_who_is_overtaken_reads_again(two, tmp_path, monkeypatch):
+    folder, old, new = two
+    shutil.copytree(folder / "old", tmp_path / "fit")
+    read, overtaken = storage.read_file, []
+
+    def slowly(path):
+        if path.name != "config.json" and not overtaken:
+            overtaken.append(path)
+            new.save(tmp_path / "fit")
+        return read(path)
+
+    monkeypatch.setattr(storage, "read_file", slowly)
+    assert which(tmp_path / "fit", old, new) == 1
+    assert not overtaken[0].exists()
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4])

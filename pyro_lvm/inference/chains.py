@@ -221,9 +221,10 @@ class Chains:
             site["name"] for site in self.sites["model"] if site["name"] in self.draws and plate in site["plates"]
         ]
         if of_each and data_digest(rows, self.draws) != self._data:
+            instead = "pass those" if self._rows is None else "leave x out"
             raise ProgramError(
                 f"site {of_each[0]!r} has a value for each of the {self.info['n']} rows that the chains were run on, "
-                f"and x has other rows ({len(rows)}): pass them, or run mcmc on these"
+                f"and x has other rows ({len(rows)}): {instead}, or run mcmc on them"
             )
         return rows
 
