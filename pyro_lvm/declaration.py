@@ -14,6 +14,7 @@ _MACHINERY = ("pyro", "torch", "contextlib", "functools")
 _OWN_MACHINERY = (
     "declaration",
     "structure",
+    "function_parameters",
     "parameters",
     "preflight",
     "elbo",

@@ -18,11 +18,15 @@ import pyro.distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide import (
     AutoDelta,
+    AutoDiagonalNormal,
+    AutoGaussian,
     AutoGuide,
     AutoIAFNormal,
+    AutoLaplaceApproximation,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
+    AutoStructured,
     init_to_median,
     init_to_value,
 )
@@ -31,7 +35,7 @@ from torch import Tensor
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.structure import Site, Structure
 
-__all__ = ["WORDS", "GivenDraws", "GuideKind", "is_recipe", "make_guide", "nothing_to_approximate"]
+__all__ = ["AUTOGUIDES", "WORDS", "GivenDraws", "GuideKind", "is_recipe", "make_guide", "nothing_to_approximate"]
 
 GuideKind = Literal["mean_field", "full_rank", "low_rank", "map"]
 """The guides that one word asks for."""
@@ -44,6 +48,23 @@ _CLASSES: dict[str, type[AutoGuide]] = {
     "low_rank": AutoLowRankMultivariateNormal,
     "map": AutoDelta,
 }
+
+
+AUTOGUIDES: dict[str, type[AutoGuide]] = {
+    kind.__name__: kind
+    for kind in (
+        AutoDelta,
+        AutoDiagonalNormal,
+        AutoGaussian,
+        AutoIAFNormal,
+        AutoLaplaceApproximation,
+        AutoLowRankMultivariateNormal,
+        AutoMultivariateNormal,
+        AutoNormal,
+        AutoStructured,
+    )
+}
+"""Pyro's classes that are made from a model alone, which a file may name."""
 
 
 def is_recipe(guide: Any) -> bool:

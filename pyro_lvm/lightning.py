@@ -44,6 +44,7 @@ from pyro_lvm.inference.loop import Loop
 from pyro_lvm.inference.optimisation import make_optimizer
 from pyro_lvm.inference.prepare import Prepared, Request, guide_in_words, placed, prepare, resolve
 from pyro_lvm.inference.record import Fit
+from pyro_lvm.inference.sites import site_table
 from pyro_lvm.inference.whole_epochs import WholeEpochs
 from pyro_lvm.missing import marginalizing, require_missing
 from pyro_lvm.named_tensors import copy_by_name
@@ -338,7 +339,16 @@ class SVIModule(pl.LightningModule):
         }
         info |= self.recorded | surroundings(rows, self._cast)
         columns = {k: dict(v) if isinstance(v, dict) else list(v) for k, v in self._history.columns.items()}
-        return Fit(self.program, bound.constrained(), columns, evaluated.elbo, info, bound, bound.snapshot())
+        return Fit(
+            self.program,
+            bound.constrained(),
+            columns,
+            evaluated.elbo,
+            info,
+            site_table(structure),
+            bound,
+            bound.snapshot(),
+        )
 
     def start_from(self, fit: Fit) -> SVIModule:
         """Take the parameters of a fit of the same program, ours or Lightning's.

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import copy
-import sys
-import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import constraints, transform_to
+from torch.distributions import transform_to
 
-from pyro_lvm.declaration import declared_at
 from pyro_lvm.errors import ProgramError
-from pyro_lvm.program import Program, batch_arguments, restore_mode, training_mode
+from pyro_lvm.function_parameters import FunctionParameters, bind, free
+from pyro_lvm.program import Program, restore_mode, training_mode
 
-__all__ = ["BoundProgram", "Snapshot", "Untouched", "generator_for", "isolated"]
+__all__ = ["BoundProgram", "Declared", "Snapshot", "Untouched", "generator_for", "isolated"]
 
 Snapshot = Mapping[str, Tensor]
 """Cloned unconstrained parameters and buffers by name; see `BoundProgram.snapshot`."""
@@ -99,127 +95,18 @@ class Untouched:
             tensor.grad = gradient
 
 
-_BETWEEN = ("pyro", "pyro_lvm", "contextlib", "functools")
-"""Packages whose frames may stand between a parameter's messenger and the module that asks for it."""
-
-
-class _ParameterMessenger(Messenger):
-    """Answers every `pyro.param` from the parameters of one fit, before the global store is asked."""
-
-    def __init__(self, parameters: FunctionParameters) -> None:
-        super().__init__()
-        self.parameters = parameters
-
-    def _pyro_param(self, msg: Any) -> None:
-        store = pyro.get_param_store()
-        if getattr(msg["fn"], "__self__", None) is not store:
-            return  # a PyroModule with local parameters answers for itself
-        name = msg["name"]
-        if name in store:  # a PyroModule has just put its own parameter there
-            parameter = store._params[name]
-            if not self.parameters.knows(parameter):
-                self.parameters.adopt(name, parameter, store._constraints[name], _asking_module())
-            return
-        start = msg["args"][1] if len(msg["args"]) > 1 else msg["kwargs"].get("init_tensor")
-        msg["value"] = self.parameters.value(name, start, msg["kwargs"].get("constraint", constraints.real))
-        msg["done"] = True
-
-
-def _asking_module() -> nn.Module | None:
-    """The module on whose behalf `pyro.param` is being called, by `pyro.module` or by a `PyroModule`, if one is."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
-        for code, local in ((pyro.module.__code__, "nn_module"), (pyro.nn.PyroModule.__getattr__.__code__, "self")):
-            if frame.f_code is code:
-                module: nn.Module = frame.f_locals[local]
-                return module
-        frame = frame.f_back
-    return None
-
-
-class FunctionParameters:
-    """The parameters that plain functions declare with `pyro.param`, created on first use.
-
-    Modules that functions register (`pyro.module`, or a `PyroModule` they call) are trained in place.
+class Declared(NamedTuple):
+    """A parameter that a statement declares.
 
     Attributes:
-        unconstrained: the parameters by name.
-        constraints: their constraints.
-        modules: the modules met.
-        meet: called with every module when it is first met, before its parameters are used.
+        name: in `pyro.param`; None for a `PyroParam` of a module.
+        tensor: its name in `BoundProgram.snapshot`.
+        constraint: the values that it may have.
     """
 
-    def __init__(
-        self,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-        meet: Callable[[nn.Module], None] | None = None,
-    ) -> None:
-        self.unconstrained: dict[str, nn.Parameter] = {}
-        self.constraints: dict[str, Any] = {}
-        self.modules: list[nn.Module] = []
-        self.meet = meet
-        self.dtype = dtype
-        self.device = device
-        self._known: set[int] = set()
-
-    def knows(self, parameter: Any) -> bool:
-        """Whether ``parameter`` is one of these."""
-        return id(parameter) in self._known
-
-    def value(self, name: str, start: Any, constraint: Any) -> Tensor:
-        """The constrained value of parameter ``name``, created from ``start`` when it is new."""
-        if isinstance(start, nn.Parameter) and constraint is constraints.real:
-            if self.knows(start):
-                return start
-            module = _asking_module()
-            # a function that makes a new nn.Parameter in every call means the first one, as in plain Pyro
-            if module is not None or name not in self.unconstrained:
-                self.adopt(name, start, constraint, module)
-                return start
-        if name not in self.unconstrained:
-            if start is None:
-                raise ProgramError(f"{_statement(name)} has no initial value: write pyro.param({name!r}, tensor)")
-            start = start() if callable(start) and not isinstance(start, Tensor) else start
-            self.unconstrained[name] = self._unconstrain(name, start, constraint)
-            self.constraints[name] = constraint
-        unconstrained = self.unconstrained[name]
-        value: Tensor = transform_to(self.constraints[name])(unconstrained)
-        value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
-        return value
-
-    def adopt(self, name: str, parameter: Any, constraint: Any, module: nn.Module | None) -> None:
-        """Take a module's own parameter under ``name`` (or a name beside it): it is trained in place."""
-        # two networks registered under one name are two networks: plain Pyro would train only the first
-        name = _free(name, self.unconstrained)
-        self.unconstrained[name] = parameter
-        self.constraints[name] = constraint
-        self._known.add(id(parameter))
-        if module is not None and not any(module is inner for known in self.modules for inner in known.modules()):
-            self.modules.append(module)
-            if self.meet is not None:
-                self.meet(module)
-
-    def _unconstrain(self, name: str, start: Any, constraint: Any) -> nn.Parameter:
-        start = torch.as_tensor(start).detach()
-        if not start.is_floating_point():
-            raise ProgramError(
-                f"{_statement(name)} starts at a tensor of {start.dtype}: only floating parameters can be trained, "
-                "write its initial value with a decimal point"
-            )
-        start = start.to(dtype=self.dtype, device=self.device)
-        unconstrained = transform_to(constraint).inv(start) if bool(constraint.check(start).all()) else None
-        if unconstrained is None or not bool(torch.isfinite(unconstrained).all()):
-            raise ProgramError(
-                f"{_statement(name)} starts at {start.flatten()[:3].tolist()}, outside its constraint {constraint} "
-                "or on its boundary: change the initial value"
-            )
-        return nn.Parameter(unconstrained.clone().contiguous())
-
-
-def _statement(name: str) -> str:
-    where = declared_at()
-    return f"pyro.param({name!r})" + (f" ({where})" if where else "")
+    name: str | None
+    tensor: str
+    constraint: Any
 
 
 class BoundProgram:
@@ -312,8 +199,29 @@ class BoundProgram:
             named = natural() if callable(natural) else _constrained_parameters(module)
             values.update({_join(prefix, name): value for name, value in named.items()})
         for name, parameter in self._of_functions():
-            values[_free(name, values)] = transform_to(self.functions.constraints[name])(parameter)
+            values[free(name, values)] = transform_to(self.functions.constraints[name])(parameter)
         return {name: value.detach().clone() for name, value in values.items()}
+
+    def declared(self) -> dict[str, Declared]:
+        """What `pyro.param` and `PyroParam` statements declare, by name in `constrained`."""
+        found: dict[str, Declared] = {}
+        taken: set[str] = set()
+        for prefix, module in self.program.modules.items():
+            natural = getattr(module, "constrained", None)
+            if callable(natural):
+                taken |= {_join(prefix, name) for name in natural()}
+                continue
+            for name, _ in nn.Module.named_parameters(module):
+                plain, constraint = _natural_name(module, name)
+                taken.add(_join(prefix, plain))
+                if constraint is not None:
+                    found[_join(prefix, plain)] = Declared(None, _join(prefix, name), constraint)
+        tensors = {id(parameter): name for name, parameter in self._parameters()}
+        for name, parameter in self._of_functions():
+            param = free(name, taken)
+            taken.add(param)
+            found[param] = Declared(name, tensors[id(parameter)], self.functions.constraints[name])
+        return found
 
     def _of_modules(self) -> Iterator[tuple[str, nn.Parameter]]:
         for prefix, module in self.program.modules.items():
@@ -333,7 +241,7 @@ class BoundProgram:
         names: set[str] = set()
         for name, parameter in (*self._of_modules(), *self._of_functions()):
             if id(parameter) not in seen:
-                name = _free(name, names)
+                name = free(name, names)
                 seen.add(id(parameter))
                 names.add(name)
                 yield name, parameter
@@ -349,44 +257,22 @@ class BoundProgram:
                 yield f"pyro.module({number}).{name}", buffer
 
 
-def _free(name: str, taken: Container[str]) -> str:
-    """``name``, with as many primes as it takes to be nobody else's."""
-    while name in taken:
-        name += "'"
-    return name
-
-
-def bind(function: Callable[..., Any], keywords: frozenset[str], parameters: FunctionParameters) -> Callable[..., Any]:
-    """Wrap ``function`` so that its parameters are ``parameters`` and only row keywords it names reach it."""
-    messenger = _ParameterMessenger(parameters)
-    empty: Any = {"params": {}, "constraints": {}}
-
-    def bound(
-        *args: Any,
-        size: int | None = None,
-        index: Tensor | None = None,
-        weight: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        # the store is only a place where PyroModules leave their own parameters: it starts and ends empty
-        with pyro.get_param_store().scope(empty.copy()), messenger:
-            return function(*args, **kwargs, **batch_arguments(keywords, size, index, weight))
-
-    return bound
-
-
 def _constrained_parameters(module: nn.Module) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for name, parameter in nn.Module.named_parameters(module):
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        declared = getattr(owner, "_pyro_params", {})
-        plain = leaf.removesuffix("_unconstrained")
-        if plain != leaf and plain in declared:
-            values[_join(path, plain)] = transform_to(declared[plain][0])(parameter)
-        else:
-            values[name] = parameter
+        plain, constraint = _natural_name(module, name)
+        values[plain] = parameter if constraint is None else transform_to(constraint)(parameter)
     return values
+
+
+def _natural_name(module: nn.Module, name: str) -> tuple[str, Any]:
+    """The name that a module's parameter has in its natural form, and the constraint that a `PyroParam` gives it."""
+    path, _, leaf = name.rpartition(".")
+    declared = getattr(module.get_submodule(path), "_pyro_params", {})
+    plain = leaf.removesuffix("_unconstrained")
+    if plain != leaf and plain in declared:
+        return _join(path, plain), declared[plain][0]
+    return name, None
 
 
 def _join(prefix: str, name: str) -> str:

@@ -10,7 +10,7 @@ amortised one; the difference is the amortization gap (Cremer, Li and Duvenaud, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyro
@@ -28,7 +28,15 @@ from pyro_lvm.parameters import BoundProgram, isolated
 from pyro_lvm.program import batch_arguments
 from pyro_lvm.structure import Plate, Site, Structure, base_of
 
-__all__ = ["PerDatumGuide", "freed", "nothing_to_replace", "per_datum_guide", "replaced_sites"]
+__all__ = [
+    "PerDatumGuide",
+    "described",
+    "freed",
+    "from_description",
+    "nothing_to_replace",
+    "per_datum_guide",
+    "replaced_sites",
+]
 
 ROWS_AT_A_TIME = 1024
 """Rows in one pass of the amortised guide; it keeps no gradients."""
@@ -127,6 +135,54 @@ class PerDatumGuide:
             for name, site in self.sites.items():
                 infer: Any = dict(site.infer)  # Pyro's type for it does not know the names of event dims
                 pyro.sample(name, found[name], infer=infer)
+
+
+def described(guide: PerDatumGuide) -> dict[str, Any]:
+    """The guide in plain values; what its parameters are and what it shares is not said."""
+    return {
+        "sites": {
+            name: {"family": site.family.__name__, "event_dims": site.event_dims, "infer": site.infer}
+            for name, site in guide.sites.items()
+        },
+        "plate": asdict(guide.plate),
+        "size": guide.size,
+        "first": guide.first,
+    }
+
+
+def from_description(
+    tree: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    shared: Callable[..., Any] | None,
+    keywords: frozenset[str],
+) -> PerDatumGuide:
+    """The guide that `described` describes.
+
+    Args:
+        tree: the description.
+        values: constrained values by name in `pyro.param`.
+        shared: as for `PerDatumGuide`.
+        keywords: as for `PerDatumGuide`.
+
+    Raises:
+        ValueError: if the tree is no description, or a value is missing.
+    """
+    families = {family.__name__: family for family in FAMILIES}
+    try:
+        sites, size, first = {}, int(tree["size"]), int(tree["first"])
+        for name, entry in tree["sites"].items():
+            family, event_dims = families[entry["family"]], int(entry["event_dims"])
+            start = {key: values[f"{name}.{key}"] for key in FAMILIES[family]}
+            if not all(0 <= event_dims < value.dim() and len(value) == size for value in start.values()):
+                raise ValueError(f"{name!r} has {event_dims} event dims and {size} rows")
+            sites[str(name)] = SiteOfEach(family, start, event_dims, dict(entry["infer"]))
+        plate = tree["plate"]
+        around = Plate(str(plate["name"]), int(plate["dim"]), int(plate["rows"]), int(plate["size"]))
+        if around.dim >= 0 or not 0 <= first <= size:
+            raise ValueError(f"its plate has dim {around.dim}, and its rows begin at {first}")
+        return PerDatumGuide(sites, around, size, first, shared, keywords)
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{type(error).__name__} {error}") from error
 
 
 class _InPlaceOf(Messenger):

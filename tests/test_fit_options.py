@@ -245,7 +245,7 @@ def test_guides_in_a_word_and_what_the_record_says():
     assert fit.info["guide"] == "AutoNormal"
     assert fit.info["estimator"] == "Trace_ELBO(num_particles=2)"
     assert (fit.info["estimator_reason"], fit.info["stopped"], fit.info["batch_size"]) == ("given", "finished", None)
-    assert {"torch", "pyro-ppl", "python"} == set(fit.info["versions"])
+    assert {"torch", "pyro-ppl", "pyro-lvm", "python"} == set(fit.info["versions"])
 
 
 def test_a_split_holds_rows_out():

@@ -35,6 +35,7 @@ ORDER = (
     "prior_distributions",
     "priors",
     "program",
+    "function_parameters",
     "parameters",
     "arrays",
     "data",

@@ -26,7 +26,8 @@ from torch.distributions import constraints
 
 import pyro_lvm as lvm
 from pyro_lvm.errors import ProgramError
-from pyro_lvm.parameters import BoundProgram, FunctionParameters, Untouched, isolated
+from pyro_lvm.function_parameters import FunctionParameters
+from pyro_lvm.parameters import BoundProgram, Untouched, isolated
 from pyro_lvm.program import as_program
 
 

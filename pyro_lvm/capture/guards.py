@@ -14,10 +14,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from pyro_lvm.program import Program
+from pyro_lvm.storage.tree import is_plain
 
 __all__ = ["left_as_found", "numbers_of", "python_state"]
 
-_PLAIN = (bool, int, float, str, type(None))
 DEPTH = 4
 """How far attributes of attributes are followed."""
 
@@ -58,14 +58,14 @@ def left_as_found(program: Program, auxiliary_loss: Any = None) -> Iterator[None
 
 
 def _restorers(thing: Any, seen: set[int], depth: int) -> Iterator[Callable[[], Any]]:
-    if depth == 0 or isinstance(thing, (*_PLAIN, Tensor, type, ModuleType)) or id(thing) in seen:
+    if depth == 0 or is_plain(thing) or isinstance(thing, Tensor | type | ModuleType) or id(thing) in seen:
         return
     seen.add(id(thing))
     function = inspect.unwrap(thing.__func__ if inspect.ismethod(thing) else thing)
     if isinstance(function, FunctionType):
         for cell in function.__closure__ or ():
             for value in _held(cell):
-                if isinstance(value, _PLAIN):
+                if is_plain(value):
                     yield functools.partial(setattr, cell, "cell_contents", value)
         used = {name: function.__globals__.get(name, thing) for name in function.__code__.co_names}
         yield _keeping(function.__globals__, used)
@@ -80,13 +80,11 @@ def _restorers(thing: Any, seen: set[int], depth: int) -> Iterator[Callable[[], 
 
 
 def _keeping(holder: dict[Any, Any], values: Mapping[Any, Any]) -> Callable[[], Any]:
-    return functools.partial(
-        holder.update, {name: value for name, value in values.items() if isinstance(value, _PLAIN)}
-    )
+    return functools.partial(holder.update, {name: value for name, value in values.items() if is_plain(value)})
 
 
 def _values(path: str, thing: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
-    if isinstance(thing, _PLAIN):
+    if is_plain(thing):
         yield path, thing
         return
     if isinstance(thing, Tensor):

@@ -26,7 +26,8 @@ from pyro_lvm.data import Batch
 from pyro_lvm.elbo.estimator import Estimator, plain_estimator
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation, batch_to_trace, fresh_seed
-from pyro_lvm.parameters import BoundProgram, FunctionParameters, bind, isolated
+from pyro_lvm.function_parameters import FunctionParameters, bind
+from pyro_lvm.parameters import BoundProgram, isolated
 from pyro_lvm.per_datum import per_datum_guide, replaced_sites
 from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import ROW_KEYWORDS

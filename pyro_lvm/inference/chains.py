@@ -6,23 +6,26 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_lvm.criticism.predictive import draw_posterior
 from pyro_lvm.data import Rows, as_rows
-from pyro_lvm.errors import ProgramError, StorageError
+from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
 from pyro_lvm.guides import GivenDraws
 from pyro_lvm.inference.export import GROUPS, Export, at_least_one, export, refuse_unknown
+from pyro_lvm.inference.saving import write_chains
+from pyro_lvm.inference.sites import SiteTable
 from pyro_lvm.parameters import BoundProgram, Snapshot
 from pyro_lvm.posterior import Posterior
+from pyro_lvm.storage.files import digest
 from pyro_lvm.structure import Structure
 from pyro_lvm.to_arviz import loo
 
-__all__ = ["Chains"]
+__all__ = ["Chains", "data_digest"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -43,6 +46,7 @@ class Chains:
         info: how they were made: seed, versions, n, numbers of chains, draws and warm-up steps, ``divergences``,
             ``step_sizes``, ``acceptance_rates`` and ``max_tree_depth_reached`` by chain, ``rhat`` (largest entry) and
             ``ess`` (bulk, smallest entry) by site, ``parameters_held``, ``summed_out``, ``potential``, seconds.
+        sites: under "model" the sample sites, as in `Fit.sites`; "guide" has none.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch, pyro_lvm as lvm
@@ -60,9 +64,11 @@ class Chains:
     draws: Mapping[str, Tensor]
     statistics: Mapping[str, Tensor]
     info: Mapping[str, Any]
+    sites: SiteTable
     _bound: BoundProgram = field(compare=False)
     _snapshot: Snapshot = field(compare=False)
-    _rows: Rows = field(compare=False)
+    _rows: Rows | None = field(compare=False)
+    _data: str = field(compare=False)
 
     def __repr__(self) -> str:
         info = self.info
@@ -71,13 +77,16 @@ class Chains:
             f"{info['num_draws']} draws after {info['num_warmup']} of warm-up, {sum(info['divergences'])} divergences"
         )
 
-    def save(self, path: str | os.PathLike[str]) -> NoReturn:
-        """Refuse: draws are kept in ArviZ's own format, by ``to_arviz().to_netcdf(path)``.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the chains to a folder that `pyro_lvm.load` reads; the data are not written.
+
+        Args:
+            path: the folder; new, empty, or with what was saved there, whose place this takes when it is whole.
 
         Raises:
-            StorageError: always.
+            StorageError: if the folder holds something else, or the system refuses.
         """
-        raise StorageError(f"{path} is not written: chains are saved by chains.to_arviz().to_netcdf(path)")
+        write_chains(self, path)
 
     def posterior(self, x: Any = None, num_draws: int | None = None, seed: int | None = None) -> Posterior:
         """Draws of every latent site, the chains one after the other.
@@ -196,7 +205,9 @@ class Chains:
         """An evaluation whose guide says the draws again, in this order."""
         guide = self._bound.program.guide
         assert isinstance(guide, GivenDraws)
-        rows = self._rows if x is None else self._of_these_data(as_rows(x, "x"), guide)
+        if x is None and self._rows is None:
+            raise ProgramError("chains from a file bring no data along: pass x, the rows that they were run on")
+        rows = self._rows if x is None else self._of_these_data(as_rows(x, "x"))
         before = guide.order
         guide.order, guide.number = order, 0
         try:
@@ -204,19 +215,17 @@ class Chains:
         finally:
             guide.order, guide.number = before, 0
 
-    def _of_these_data(self, rows: Rows, guide: GivenDraws) -> Rows:
+    def _of_these_data(self, rows: Rows) -> Rows:
         plate = self.info["data_plate"]
-        local = [site for site in guide.sites if site.inside(plate)]
-        if local:
-            mine, given = (part.whole().tensors().values() for part in (self._rows, rows))
-            same = len(mine) == len(given) and all(
-                a.shape == b.shape and bool((a == b.to(a)).all()) for a, b in zip(mine, given, strict=True)
+        of_each = [
+            site["name"] for site in self.sites["model"] if site["name"] in self.draws and plate in site["plates"]
+        ]
+        if of_each and data_digest(rows, self.draws) != self._data:
+            instead = "pass those" if self._rows is None else "leave x out"
+            raise ProgramError(
+                f"site {of_each[0]!r} has a value for each of the {self.info['n']} rows that the chains were run on, "
+                f"and x has other rows ({len(rows)}): {instead}, or run mcmc on them"
             )
-            if not same:
-                raise ProgramError(
-                    f"{local[0]} has a value for each of the {len(self._rows)} rows that the chains were run on, and x "
-                    f"has other rows ({len(rows)}): leave x out, or run mcmc on them"
-                )
         return rows
 
     def _attributes(self, structure: Structure) -> dict[str, str | float]:
@@ -234,6 +243,12 @@ NO_LOO = (
     "data share no latents, so there is no posterior over parameters, and leave-one-out cross-validation means nothing "
     "for one value of log p(x) per datum"
 )
+
+
+def data_digest(rows: Rows, draws: Mapping[str, Tensor]) -> str:
+    """What tells one data set from another, in the floating dtype of the draws."""
+    whole = rows.like(next(iter(draws.values()))).whole().tensors().values()
+    return digest(f"{len(rows)}", {f"{number}": value.detach().cpu() for number, value in enumerate(whole)})
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

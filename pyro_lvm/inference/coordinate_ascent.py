@@ -16,9 +16,11 @@ from pyro_lvm.evaluation import fresh_seed
 from pyro_lvm.inference.iterations import check_iterations, surroundings
 from pyro_lvm.inference.prepare import placed, resolve
 from pyro_lvm.inference.record import Fit
+from pyro_lvm.inference.sites import site_table
 from pyro_lvm.parameters import BoundProgram, Untouched, isolated
 from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import Program
+from pyro_lvm.structure import Structure
 
 __all__ = ["CoordinateUpdates", "Parts", "coordinate_ascent"]
 
@@ -140,7 +142,7 @@ def coordinate_ascent(
             rows, _, cast = placed(resolved, rows, None, None)
             _see_that_data_fit(resolved, rows)
             best, bounds = _best_run(hook(), rows, max_iter, tol, n_init, init, seed)
-            bound = _bind(resolved, hook().guide(best.state), rows)
+            bound, structure = _bind(resolved, hook().guide(best.state), rows)
     except BaseException:
         untouched.restore()
         raise
@@ -168,6 +170,7 @@ def coordinate_ascent(
         history=best.history,
         elbo=best.bound / len(rows),
         info=info,
+        sites=site_table(structure),
         _bound=bound,
         _snapshot=bound.snapshot(),
     )
@@ -246,11 +249,11 @@ def _note(history: dict[str, Any], parts: Parts, bound: float, n: int) -> None:
             history[group].setdefault(site, []).append(value / n)
 
 
-def _bind(program: Program, guide: Any, rows: Rows) -> BoundProgram:
+def _bind(program: Program, guide: Any, rows: Rows) -> tuple[BoundProgram, Structure]:
     """The program with its guide, both in the data's dtype, traced once."""
     paired = program.with_guide(guide)
     for module in paired.modules.values():
         module.to(device=rows.device, dtype=rows.dtype)
     bound = BoundProgram(paired, None, rows.dtype, rows.device)
-    traced(bound.model, bound.guide, rows.first(min(len(rows), 256) if program.names("size") else len(rows)))
-    return bound
+    first = rows.first(min(len(rows), 256) if program.names("size") else len(rows))
+    return bound, traced(bound.model, bound.guide, first)

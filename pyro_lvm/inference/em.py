@@ -20,6 +20,7 @@ from pyro_lvm.inference.bound import mean_elbo
 from pyro_lvm.inference.iterations import check_iterations, surroundings
 from pyro_lvm.inference.prepare import placed
 from pyro_lvm.inference.record import Fit
+from pyro_lvm.inference.sites import site_table
 from pyro_lvm.missing import marginalizing, require_missing
 from pyro_lvm.parameters import BoundProgram, Untouched, isolated
 from pyro_lvm.preflight.tracing import traced
@@ -156,6 +157,7 @@ def em(
         history=_history(best, len(rows), hard),
         elbo=elbo,
         info=info,
+        sites=site_table(structure),
         _bound=bound,
         _snapshot=bound.snapshot(),
     )

@@ -38,6 +38,7 @@ from pyro_lvm.inference.optimisation import make_optimizer
 from pyro_lvm.inference.prepare import Request, guide_in_words, placed, prepare, reset, resolve
 from pyro_lvm.inference.progress import EpochEnd
 from pyro_lvm.inference.record import Fit
+from pyro_lvm.inference.sites import site_table
 from pyro_lvm.missing import marginalizing, require_missing
 from pyro_lvm.parameters import Untouched, isolated
 from pyro_lvm.preflight.suspicions import suspicions
@@ -305,6 +306,7 @@ def fit(
         history=loop.history.columns,
         elbo=evaluated.elbo,
         info=info,
+        sites=site_table(prepared.structure),
         _bound=prepared.bound,
         _snapshot=prepared.bound.snapshot(),
     )

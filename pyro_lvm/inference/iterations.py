@@ -38,5 +38,6 @@ def surroundings(rows: Rows, cast: list[str]) -> dict[str, Any]:
         "cast": ", ".join(cast) or None,
         "dtype": str(rows.dtype),
         "device": str(rows.device),
-        "versions": {name: version(name) for name in ("torch", "pyro-ppl")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "pyro-ppl", "pyro-lvm")}
+        | {"python": platform.python_version()},
     }

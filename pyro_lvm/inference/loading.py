@@ -1,59 +1,82 @@
-"""A saved fit, read again: nothing is run that a file names beyond classes of this package."""
+"""A saved fit, read again: nothing is run that a file names beyond classes of this package and Pyro's autoguides."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_lvm.data import Rows
 from pyro_lvm.errors import StorageError
-from pyro_lvm.evaluation import batch_to_trace
-from pyro_lvm.guides import WORDS, make_guide
+from pyro_lvm.inference.chains import Chains
+from pyro_lvm.inference.expected import entry, of_kind, tensors_of
+from pyro_lvm.inference.first_evaluation import FirstEvaluation, SavedValues
+from pyro_lvm.inference.handed_in import missing_of, recipe_of, require_same, resolved, source_of, warn_of_others
 from pyro_lvm.inference.record import Fit
-from pyro_lvm.inference.saving import CONFIG, FORMAT, TENSORS, room_for, sealed, what_it_is
-from pyro_lvm.missing import MissingValues
-from pyro_lvm.parameters import BoundProgram, Snapshot, Untouched, isolated
-from pyro_lvm.preflight.tracing import traced
-from pyro_lvm.program import Program, as_program, floating_dtype
-from pyro_lvm.storage.classes import built
-from pyro_lvm.storage.files import read_file, read_tree
+from pyro_lvm.inference.saving import OF_EVERY_RECORD, what_it_is
+from pyro_lvm.inference.sites import SiteTable
+from pyro_lvm.inference.walkable import walked
+from pyro_lvm.parameters import Declared, Snapshot
+from pyro_lvm.program import Program, as_program
+from pyro_lvm.storage.folder import CONFIG, read_folder
 from pyro_lvm.storage.tree import unpack
+from pyro_lvm.structure import Structure
 
 __all__ = ["load"]
 
-_SHOWN = ("program", "guide", "estimator", "n", "steps", "stopped")
-"""What a record says of itself."""
+_OF_EVERY: dict[str, type] = {"program": str, "estimator": str, "n": int, "versions": dict}
+_COUNTS = ("num_chains", "num_draws", "num_warmup")
+_SHOWN: dict[str, dict[str, type]] = {
+    "fit": {**_OF_EVERY, "guide": str, "steps": int, "stopped": str},
+    "chains": {
+        **_OF_EVERY,
+        **dict.fromkeys(_COUNTS, int),
+        "divergences": list,
+        "seconds": float,
+        "data_plate": object,
+    },
+}
+"""What a record says of itself, by its kind."""
 
 
-def load(path: str | os.PathLike[str], program: Any = None, device: torch.device | str | None = None) -> Fit:
-    """Read a fit that `Fit.save` wrote; it needs neither the data nor a step of training.
+_OF_A_SITE = {"name": str, "kind": str, "distribution": str, "plates": dict, "event_shape": list}
+"""What is said of a site."""
+
+
+def load(path: str | os.PathLike[str], program: Any = None, device: torch.device | str | None = None) -> Fit | Chains:
+    """Read what `Fit.save` or `Chains.save` wrote; it needs neither the data nor a step of training.
 
     The digests in the folder notice accidents, not forgery. A forged folder may say what it likes, but runs no code:
-    there is no pickle in it, and it can name no class but those of this package.
+    there is no pickle in it, and it can name no class but those of this package and Pyro's autoguides.
+
+    Code of one's own is known again by its name, its parameters with their constraints, and its sites with their
+    distributions: where one is another, loading or the first evaluation refuses. Where it stands is no such mark: a
+    script that is run is ``__main__``, and what is imported from it later is not; code is moved between modules, and
+    the fit is still its fit. So what comes from ``__main__`` is taken as it is, and another module is warned of.
 
     Args:
         path: the folder.
         program: what was fitted, as it was handed to `fit`: needed unless that was a built-in program that holds
             nothing of yours. If `fit` was also given a guide that is no recipe: the tuple (program, guide). Its
-            modules get the saved values; parameters that functions make with `pyro.param` get them at the first
-            evaluation.
+            modules get the saved values now; parameters that functions make with `pyro.param`, networks that they
+            register and guides made from the model get them when they are first made, by an evaluation.
         device: where to; None is the CPU.
 
     Returns:
-        The `Fit`, which evaluates as the saved one did. A ``program`` that was not passed is made anew.
+        The `Fit` or the `Chains`, which evaluate as the saved ones did. A ``program`` that was not passed is made
+        anew. Chains bring no data along: their methods take ``x``.
 
     Raises:
         StorageError: if the folder cannot be read, is damaged, is none of ours, or holds another program's
             parameters. ``program`` is then as it was. Parameters that are made at the first evaluation are compared
             there.
+
+    Warns:
+        ProgramWarning: if ``program`` stands in another module than what was fitted.
 
     Example:
         >>> import tempfile, torch, pyro_lvm as lvm
@@ -69,235 +92,158 @@ def load(path: str | os.PathLike[str], program: Any = None, device: torch.device
     where = torch.device("cpu" if device is None else device)
     try:
         config, tree = _read(folder)
-        return _fit(config, tree, program, where, folder)
+        opened = _opened(config, tree, program, where, folder)
+        return _fit(config, opened, where) if _record(config) == "fit" else _chains(config, tree, opened, where)
     except StorageError as error:
         text = str(error)
         raise error if str(folder) in text else StorageError(f"{folder}: {text}") from error
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both files, each what its digest says."""
+    """What the text says, its tensors in their places, and the tree beside it."""
+    config, tree = read_folder(folder)
+    tree = of_kind(tree, dict, "the file of tensors")
     try:
-        config = json.loads(read_file(folder / CONFIG).decode())
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{CONFIG} is damaged ({error}): take a copy of it") from error
-    if not isinstance(config, dict) or config.get("library") != "pyro_lvm":
-        raise StorageError(f"{CONFIG} is no saved fit of pyro_lvm: check the path")
-    if config.get("format") != FORMAT:
-        raise StorageError(
-            f"{CONFIG} has format {config.get('format')!r:.40}, and this version reads format {FORMAT}: update pyro_lvm"
-        )
-    expected = config.pop("sha256", None)
-    try:
-        found = sealed(config)
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{CONFIG} is damaged ({error}): take a copy of it") from error
-    if found != expected:
-        raise StorageError(f"{CONFIG} is damaged: its content is not what its sha256 says; take a copy of it")
-    if hashlib.sha256(read_file(folder / TENSORS)).hexdigest() != config.get("tensors"):
-        raise StorageError(f"{TENSORS} is damaged, or belongs to another {CONFIG}: take a copy of both")
-    tree = _of(read_tree(folder / TENSORS), dict, TENSORS)
-    try:
-        content = _of(unpack(config, _tensors(tree, "config")), dict, CONFIG)
+        content = of_kind(unpack(config, tensors_of(tree, "config")), dict, CONFIG)
     except RecursionError as error:
         raise StorageError(f"{CONFIG} is damaged ({error}): take a copy of it") from error
     return content, tree
 
 
-def _fit(config: dict[str, Any], tree: dict[str, Any], program: Any, where: torch.device, folder: Path) -> Fit:
-    snapshot = {name: value.to(where) for name, value in _tensors(tree, "snapshot").items()}
-    params = {name: value.to(where) for name, value in _tensors(tree, "params").items()}
-    info, history = _of(config.get("info"), dict, "info"), _of(config.get("history"), dict, "history")
-    lacking = [name for name in _SHOWN if name not in info]
-    if lacking:
-        raise StorageError(f"{CONFIG} lacks {lacking[0]!r} in its info: take a copy of it")
-    elbo = _of(config.get("elbo"), float, "elbo")
-    made = _of(config.get("program"), dict, "program")
-    guide = _of(config.get("guide"), dict, "guide")
-    source = _source(made, program, guide, snapshot)
-    resolved = _resolved(source, guide, _missing(tree.get("missing"), where))
-    if program is not None and resolved.name != made.get("name") and guide["kind"] != "beside":
-        raise StorageError(f"it holds a fit of {made.get('name')!r:.80}, and program is {resolved.name}: pass that one")
-    if program is not None:
-        _require_same_arguments(made, what_it_is(resolved, guide, snapshot))
-    recipe = guide.get("recipe")
-    first = _First(resolved, recipe, snapshot, floating_dtype(snapshot.values()), where, folder)
-    bound = first.at_once()
-    shown = source[0] if guide["kind"] == "beside" else source
-    return Fit(shown, params, history, elbo, info, bound, snapshot)
-
-
-def _require_same_arguments(made: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse a built-in program that was made with other arguments: its parameters may fit all the same."""
-    if made.get("class") is None or here.get("class") is None:
-        return
-    there, now = _of(made.get("arguments"), dict, "arguments"), here["arguments"]
-    for name in {**there, **now}:
-        if repr(there.get(name)) != repr(now.get(name)):
-            raise StorageError(
-                f"it holds a fit of {made['class']} with {name}={there.get(name)!r:.80}, and program has "
-                f"{name}={now.get(name)!r:.80}: pass what was fitted"
-            )
-
-
-def _source(made: dict[str, Any], program: Any, guide: Mapping[str, Any], snapshot: Snapshot) -> Any:
-    """What was handed to `fit`: what is handed in now, or made anew."""
-    beside = guide.get("kind") == "beside"
-    if program is not None:
-        if beside and not (isinstance(program, tuple) and len(program) == 2):
-            raise StorageError("the fit was given a guide beside its program: pass program=(program, guide)")
-        return program
-    if made.get("class") is None:
-        text = "program=(program, guide), as fit was given them" if beside else "program=..., as fit was given it"
-        raise StorageError(
-            f"{made.get('name')!r:.80} (from {made.get('from')!r:.200}) is code, which no file holds: pass {text}"
-        )
-    with isolated(0):
-        source = built({"class": made["class"], "arguments": made.get("arguments")}, room_for(snapshot))
-    if not isinstance(source, nn.Module) or not callable(getattr(source, "model", None)):
-        raise StorageError(f"{made['class']} is no program")
-    return source
-
-
-def _resolved(source: Any, guide: Mapping[str, Any], missing: MissingValues | None) -> Program:
-    kind, recipe = guide.get("kind"), guide.get("recipe")
-    if kind not in ("own", "recipe", "conjugate", "beside") or (kind == "recipe") != (recipe in WORDS):
-        raise StorageError(f"a guide {kind!r:.40} of {recipe!r:.40} is not known")
-    if kind == "beside":
-        program = as_program(*source)
-    elif kind == "conjugate":
-        program = as_program(source)
-        hook = program.hook("conjugate_guide")
-        if hook is None:
-            raise StorageError(f"the fit has a conjugate guide, and {program.name} has no method conjugate_guide()")
-        try:
-            program = program.with_guide(hook())
-        except ValueError as error:
-            raise StorageError(f"{program.name} gives no conjugate guide ({error})") from error
-    else:
-        program = as_program(source)
-        if kind == "recipe":
-            program = replace(program, guide=None)
-        elif program.guide is None:
-            raise StorageError(f"the fit has its program's guide, and {program.name} has none: pass (model, guide)")
-    if missing is None:
-        return program
-    wrapped = None if program.guide is None else missing.guide(program.guide)
-    return replace(program, model=missing.model(program.model), guide=wrapped, missing=missing)
-
-
-def _missing(tree: Any, where: torch.device) -> MissingValues | None:
-    if tree is None:
-        return None
-    tree = _of(tree, dict, "missing")
-    args, kwargs = _of(tree.get("args"), tuple, "missing"), _of(tree.get("kwargs"), dict, "missing")
-    for value in (*args, *kwargs.values()):
-        if value is not None:
-            _of(value, Tensor, "missing")
-    placed = tuple(None if value is None else value.to(where) for value in args)
-    return MissingValues(placed, {k: None if v is None else v.to(where) for k, v in kwargs.items()}, active=False)
-
-
 @dataclass(frozen=True)
-class _First:
-    """Gives a program its saved values: at once, or where it makes parameters on the way, at its first evaluation."""
+class _Opened:
+    """What every record has.
 
+    Attributes:
+        shown: what was handed to `fit` or `mcmc`.
+        program: the program; without a guide where one has still to be made.
+        guide: what the file says of the guide.
+        saved: the values.
+        info: how it was made.
+    """
+
+    shown: Any
     program: Program
-    recipe: str | None
-    snapshot: Snapshot
-    dtype: torch.dtype | None
-    device: torch.device
-    folder: Path
+    guide: Mapping[str, Any]
+    saved: SavedValues
+    info: dict[str, Any]
 
-    def at_once(self) -> BoundProgram:
-        """The program with its values, or one that waits for data."""
-        alone = self.program if self.program.guide is not None else self.program.with_guide(_waiting)
-        untouched = Untouched(alone.modules.values())
-        bound = BoundProgram(alone, None, self.dtype, self.device)
-        try:
-            for module in alone.modules.values():
-                self._place(module)
-            tensors = dict(bound.tensors())
-            self._compare(tensors)
-            if self.recipe is None and tensors.keys() == self.snapshot.keys():
-                bound.load(self.snapshot)
-            else:
-                bound.first_rows = self
-                untouched.restore()
-        except BaseException:
-            untouched.restore()
-            raise
-        return bound
 
-    def __call__(self, bound: BoundProgram, rows: Rows) -> None:
-        """Make what is made on the way, compare it, and only then give everything its values."""
-        program = self.program
-        untouched = Untouched(bound.program.modules.values())
+def _opened(config: dict[str, Any], tree: dict[str, Any], program: Any, where: torch.device, folder: Path) -> _Opened:
+    snapshot = {name: value.to(where) for name, value in tensors_of(tree, "snapshot").items()}
+    params = {name: value.to(where) for name, value in tensors_of(tree, "params").items()}
+    info, sites = _info(config), _sites(config)
+    made, guide = entry(config, "program", dict), entry(config, "guide", dict)
+    declared = (
+        _declared_in_format_1(snapshot, params)
+        if config["format"] == 1
+        else _declared(entry(config, "declared", dict), snapshot, params)
+    )
+    values = {each.name: params[param] for param, each in declared.items() if each.name is not None}
+    source = source_of(made, program, guide, snapshot)
+    whole = resolved(source, guide, missing_of(tree.get("missing"), where), values)
+    shown = source[0] if guide["kind"] == "beside" else source
+    if program is not None:
+        alone = as_program(shown)
+        # the names in format 1 are also of guides that were made
+        named = config["format"] > 1 or guide["kind"] == "own" or not isinstance(shown, tuple)
+        if named and alone.name != made.get("name"):
+            raise StorageError(
+                f"it holds a fit of {made.get('name')!r:.80}, and program is {alone.name}: pass that one"
+            )
+        require_same(made, what_it_is(alone, guide, snapshot))
+        warn_of_others(made, guide, program)
+    saved = SavedValues(str(folder), whole.name, snapshot, params, declared, sites, info["n"])
+    return _Opened(shown, whole, guide, saved, info)
 
-        def meet(module: nn.Module) -> None:
-            untouched.remember(module)
-            self._place(module)
 
-        try:
-            for module in program.modules.values():
-                self._place(module)
-            batch = rows.first(batch_to_trace(program, rows))
-            made = BoundProgram(program, self._maker(rows, meet), self.dtype, self.device, meet)
-            traced(made.model, made.guide, batch)
-            tensors = dict(made.tensors())
-            self._compare(tensors)
-            lacking = [name for name in self.snapshot if name not in tensors]
-            if lacking:
-                raise StorageError(f"{self.folder} holds {lacking[0]!r}, and {program.name} makes no such parameter")
-            made.load(self.snapshot)
-        except BaseException:
-            untouched.restore()
-            raise
-        made.functions.meet = None
-        vars(bound).update(vars(made))
+def _fit(config: dict[str, Any], opened: _Opened, where: torch.device) -> Fit:
+    if opened.guide["kind"] == "draws":
+        raise StorageError(f"{CONFIG} is of a fit and says of its guide that it is draws: take a copy of it")
+    history, elbo = entry(config, "history", dict), entry(config, "elbo", float)
+    saved, info = opened.saved, opened.info
+    bound = FirstEvaluation(opened.program, recipe_of(opened.guide), saved, where).at_once()
+    return Fit(opened.shown, saved.params, history, elbo, info, saved.sites, bound, saved.snapshot)
 
-    def _maker(self, rows: Rows, meet: Callable[[nn.Module], None]) -> Callable[..., Any] | None:
-        if self.recipe is None:
-            return None
-        program, recipe = self.program, self.recipe
-        alone = BoundProgram(program.with_guide(_waiting), None, self.dtype, self.device, meet)
-        structure = traced(alone.model, None, rows.first(batch_to_trace(program, rows)))
-        index = program.names("index")
 
-        def build(model: Callable[..., Any]) -> Callable[..., Any]:
-            return make_guide(model, structure, recipe, names_index=index, minibatches=False)  # type: ignore[arg-type]
+def _chains(config: dict[str, Any], tree: dict[str, Any], opened: _Opened, where: torch.device) -> Chains:
+    if opened.guide["kind"] != "draws":
+        raise StorageError(f"{CONFIG} is of chains and says nothing of draws in its guide: take a copy of it")
+    saved, info = opened.saved, opened.info
+    draws = {name: value.to(where) for name, value in tensors_of(tree, "draws").items()}
+    statistics = {name: value.to(where) for name, value in tensors_of(tree, "statistics").items()}
+    shape = (info["num_chains"], info["num_draws"])
+    for name, value in {**draws, **statistics}.items():
+        if tuple(value.shape[:2]) != shape:
+            raise StorageError(
+                f"{name!r} has shape {tuple(value.shape)}, and there are {shape[0]} chains of {shape[1]} draws: take a "
+                f"copy of {CONFIG} and its tensors"
+            )
+    for number in info["divergences"]:
+        of_kind(number, int, "a number of divergences")
+    entry(saved.sites, "model", list)
+    data = entry(config, "data", str)
+    program, given = walked(opened.program)
 
-        return build
-
-    def _place(self, module: nn.Module) -> None:
-        module.to(device=self.device, dtype=self.dtype)
-
-    def _compare(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            saved = self.snapshot.get(name)
-            if saved is None:
-                raise StorageError(f"{self.program.name} has a tensor {name!r} that {self.folder} does not hold")
-            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+    def fill(structure: Structure) -> None:
+        sites = []
+        for name, value in draws.items():
+            site = structure.model.get(name)
+            if site is None or site.value.shape != value.shape[2:]:
+                now = "no such site" if site is None else f"shape {tuple(site.value.shape)}"
                 raise StorageError(
-                    f"{name!r} of {self.program.name} is {tensor.dtype} of shape {tuple(tensor.shape)}, and in "
-                    f"{self.folder} {saved.dtype} of shape {tuple(saved.shape)}: pass the program, and evaluate on "
-                    "data, that the fit was made with"
+                    f"{saved.folder} holds draws of {name!r} of shape {tuple(value.shape[2:])}, and {saved.name} has "
+                    f"{now}: pass the program and the data that the chains were run on"
                 )
+            sites.append(site)
+        given.sites, given.draws = tuple(sites), {name: value.flatten(0, 1) for name, value in draws.items()}
+
+    bound = FirstEvaluation(program, None, saved, where, fill).at_once()
+    return Chains(opened.shown, draws, statistics, info, saved.sites, bound, saved.snapshot, None, data)
 
 
-def _waiting(*args: Any, **kwargs: Any) -> None:
-    """Stands where a guide will be, once there are data to make it from."""
+def _info(config: dict[str, Any]) -> dict[str, Any]:
+    """The record of how it was made; what stands by itself in the file comes back into it."""
+    kept = entry(config, "info", dict)
+    apart = {} if config["format"] == 1 else {key: entry(config, key, object) for key in OF_EVERY_RECORD}
+    info = {**kept, **apart}
+    for name, kind in _SHOWN[_record(config)].items():
+        entry(info, name, kind)
+    return info
 
 
-def _tensors(tree: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = _of(tree.get(name), dict, name)
-    for key, value in found.items():
-        _of(key, str, name)
-        _of(value, Tensor, f"{name}[{key!r:.80}]")
+def _record(config: dict[str, Any]) -> str:
+    record: str = "fit" if config["format"] == 1 else entry(config, "record", str)
+    if record not in _SHOWN:
+        raise StorageError(f"{CONFIG} is of a {record:.40}, which this version does not know: update pyro_lvm")
+    return record
+
+
+def _sites(config: dict[str, Any]) -> SiteTable:
+    if config["format"] == 1:  # which does not say
+        return {}
+    sites: dict[str, Any] = entry(config, "sites", dict)
+    for part in ("model", "guide") if sites else ():
+        for site in entry(sites, part, list):
+            for key, kind in _OF_A_SITE.items():
+                entry(of_kind(site, dict, f"a site of the {part}"), key, kind)
+    return sites
+
+
+def _declared(tree: dict[str, Any], snapshot: Snapshot, params: Mapping[str, Tensor]) -> dict[str, Declared]:
+    """What the file says of parameters that have a constraint."""
+    found: dict[str, Declared] = {}
+    for param, said in tree.items():
+        fields = of_kind(said, dict, f"declared[{param!r:.80}]")
+        name, tensor, constraint = (fields.get(key) for key in ("name", "tensor", "constraint"))
+        known = isinstance(tensor, str) and tensor in snapshot and param in params
+        if not known or not all(isinstance(words, str | None) for words in (name, constraint)):
+            raise StorageError(f"{CONFIG} declares {param!r:.80} as {said!r:.80}, which is no parameter of the fit")
+        found[param] = Declared(name, tensor, constraint)
     return found
 
 
-def _of(value: Any, kind: type, name: str) -> Any:
-    if not isinstance(value, kind):
-        raise StorageError(f"{name} is {type(value).__name__} where {kind.__name__} is expected: take a copy of it")
-    return value
+def _declared_in_format_1(snapshot: Snapshot, params: Mapping[str, Tensor]) -> dict[str, Declared]:
+    """The same where the file does not say: names in `pyro.param` are those of tensors, but for primes."""
+    tensors = {name.rstrip("'"): name for name in snapshot if name in params}  # a function's come after a module's
+    return {tensor: Declared(name, tensor, None) for name, tensor in tensors.items()}

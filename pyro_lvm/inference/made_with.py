@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_lvm.data import Rows
 from pyro_lvm.inference.loop import Loop
 from pyro_lvm.storage.files import digest
+from pyro_lvm.storage.tree import is_plain
 
 __all__ = ["arguments_of", "made_with"]
 
@@ -76,7 +77,7 @@ def made_with(
 def arguments_of(given: dict[str, Any], seed: int) -> dict[str, dict[str, Any]]:
     """The arguments of a call as its record says them: plain ones as they are, others as they show themselves."""
     matter = {name: value for name, value in given.items() if name not in NO_MATTER}
-    plain = {name: value for name, value in matter.items() if _is_plain(value)} | {"seed": seed}
+    plain = {name: value for name, value in matter.items() if _all_plain(value)} | {"seed": seed}
     return {"arguments": plain, "objects": {name: _shown(value) for name, value in matter.items() if name not in plain}}
 
 
@@ -86,10 +87,8 @@ def _shown(value: Any) -> str:
     return f"{value.__module__}.{named}" if named else type(value).__name__ if " at 0x" in repr(value) else repr(value)
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str | None)
+def _all_plain(value: Any) -> bool:
+    return all(map(_all_plain, value)) if isinstance(value, tuple) else is_plain(value)
 
 
 def _told_apart(rows: Rows) -> str:

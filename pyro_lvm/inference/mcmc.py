@@ -6,23 +6,21 @@ import math
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
-from pyro.infer import config_enumerate
 from tqdm.auto import tqdm
 
 from pyro_lvm.capture.potential import Potential, capture_potential
 from pyro_lvm.data import as_rows
 from pyro_lvm.errors import ProgramWarning
 from pyro_lvm.evaluation import fresh_seed
-from pyro_lvm.guides import GivenDraws
-from pyro_lvm.inference.chains import Chains
+from pyro_lvm.inference.chains import Chains, data_digest
 from pyro_lvm.inference.iterations import require_counts, surroundings
 from pyro_lvm.inference.nuts import Chain, Settings, run_chain
 from pyro_lvm.inference.prepare import placed
-from pyro_lvm.inference.walkable import Walkable, make_walkable, missing_unmasked
+from pyro_lvm.inference.sites import site_table
+from pyro_lvm.inference.walkable import Walkable, make_walkable, walked
 from pyro_lvm.parameters import Untouched, isolated
 from pyro_lvm.program import as_program
 from pyro_lvm.to_arviz import convergence
@@ -114,9 +112,7 @@ def mcmc(
     resolved = as_program(program)
     seed = fresh_seed() if seed is None else seed
     preparation, *streams = _streams(seed, 1 + num_chains)
-    given = GivenDraws()
-    sampled = resolved.with_guide(given)
-    sampled = replace(sampled, model=missing_unmasked(config_enumerate(sampled.model)))
+    sampled, given = walked(resolved)
     untouched = Untouched(sampled.modules.values())
     try:
         with isolated(preparation, validate=True):
@@ -143,6 +139,7 @@ def mcmc(
     statistics = {name: torch.stack([c.statistics[name] for c in chains]) for name in chains[0].statistics}
     info: dict[str, Any] = {
         "program": resolved.name,
+        "estimator": "NUTS",
         "seed": seed,
         "n": len(rows),
         "num_chains": num_chains,
@@ -164,7 +161,8 @@ def mcmc(
     doubt = _doubt(info)
     if doubt is not None:
         warnings.warn(doubt, ProgramWarning, stacklevel=2)
-    return Chains(program, draws, statistics, info, bound, snapshot, rows)
+    sites = site_table(walkable.structure)
+    return Chains(program, draws, statistics, info, sites, bound, snapshot, rows, data_digest(rows, draws))
 
 
 def _streams(seed: int, count: int) -> list[int]:

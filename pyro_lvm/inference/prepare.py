@@ -15,9 +15,10 @@ from pyro_lvm.data import Batch, Rows
 from pyro_lvm.elbo.estimator import Estimator, make_estimator
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import batch_to_trace
+from pyro_lvm.function_parameters import bind
 from pyro_lvm.guides import is_recipe, make_guide
 from pyro_lvm.memory import available
-from pyro_lvm.parameters import BoundProgram, Untouched, bind
+from pyro_lvm.parameters import BoundProgram, Untouched
 from pyro_lvm.per_datum import freed, nothing_to_replace
 from pyro_lvm.preflight.observations import check_support
 from pyro_lvm.preflight.pair import check_pair

@@ -17,6 +17,7 @@ from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import Evaluation
 from pyro_lvm.inference.export import GROUPS, Export, at_least_one, export, refuse_unknown
 from pyro_lvm.inference.saving import write_fit
+from pyro_lvm.inference.sites import SiteTable
 from pyro_lvm.parameters import BoundProgram, Snapshot
 from pyro_lvm.posterior import Posterior
 from pyro_lvm.structure import Structure
@@ -48,6 +49,9 @@ class Fit:
         info: how it was made: seed, versions, estimator and why, optimiser, n, steps, seconds, outcome. With the same
             data ``fit(program, data, **info["arguments"])`` makes the run again, once what ``info["objects"]`` names is
             handed over too.
+        sites: under "model" and "guide" a list of their sample sites: ``name``, ``kind`` (observed, latent,
+            auxiliary), ``distribution``, ``plates`` with their sizes, ``event_shape``, ``enumerated``; empty where an
+            old file does not say.
 
     Example:
         >>> import torch, pyro_lvm as lvm
@@ -64,6 +68,7 @@ class Fit:
     history: Mapping[str, Any]
     elbo: float
     info: Mapping[str, Any]
+    sites: SiteTable
     _bound: BoundProgram = field(compare=False)
     _snapshot: Snapshot = field(compare=False)
 
@@ -241,15 +246,17 @@ class Fit:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fit to a folder that `pyro_lvm.load` reads.
 
-        ``config.json`` says what it is, ``tensors.safetensors`` holds the numbers; there is no pickle. Digests notice
+        ``config.json`` says what it is and names the file of tensors beside it; there is no pickle. Digests notice
         accidents, not forgery.
 
         Args:
-            path: the folder; new, empty, or with a saved fit, whose place this one takes when it is whole.
+            path: the folder; new, empty, or with a saved fit, whose place this one takes in one moment: whenever this
+                process dies, who reads finds the old one or this one, whole.
 
         Raises:
             StorageError: if the folder holds something else, the system refuses, or the guide cannot be made again
-                from a file (``amortized=False``).
+                from a file: one made from an autoguide class of your own, or a conjugate one of a program without a
+                method ``conjugate_guide()``.
         """
         write_fit(self, path)
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +11,19 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_lvm.errors import StorageError
-from pyro_lvm.guides import WORDS, nothing_to_approximate
+from pyro_lvm.guides import AUTOGUIDES, WORDS, nothing_to_approximate
 from pyro_lvm.parameters import BoundProgram, isolated
+from pyro_lvm.per_datum import PerDatumGuide
+from pyro_lvm.per_datum import described as of_each
 from pyro_lvm.program import Program, as_program
 from pyro_lvm.storage.classes import built, described
-from pyro_lvm.storage.files import read_file, write_file, write_tree
+from pyro_lvm.storage.folder import write_folder
 from pyro_lvm.storage.tree import pack
 
-__all__ = ["CONFIG", "FORMAT", "TENSORS", "room_for", "sealed", "what_it_is", "write_fit"]
+__all__ = ["OF_EVERY_RECORD", "origins", "room_for", "what_it_is", "write_chains", "write_fit"]
 
-CONFIG, TENSORS = "config.json", "tensors.safetensors"
-FORMAT = 1
+OF_EVERY_RECORD = ("estimator", "seed", "n", "versions")
+"""Entries of ``info`` that stand by themselves in the file."""
 
 
 def write_fit(fit: Any, path: str | os.PathLike[str]) -> None:
@@ -33,33 +32,41 @@ def write_fit(fit: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         StorageError: if the fit cannot be written without code, the folder holds something else, or the system refuses.
     """
-    bound: BoundProgram = fit._bound
-    folder = Path(path)
-    _refuse_foreign(folder)
-    missing = bound.program.missing
-    guide = _guide(fit)
-    content = {
-        "library": "pyro_lvm",
-        "format": FORMAT,
-        "program": what_it_is(bound.program, guide, fit._snapshot),
+    missing = fit._bound.program.missing
+    content = {"record": "fit", "elbo": fit.elbo, "history": dict(fit.history)}
+    means = None if missing is None else {"args": missing.args, "kwargs": dict(missing.kwargs)}
+    _write(path, fit, _guide(fit), content, {"params": dict(fit.params), "missing": means})
+
+
+def write_chains(chains: Any, path: str | os.PathLike[str]) -> None:
+    """Write `Chains` to the folder ``path``; `pyro_lvm.load` reads it.
+
+    Raises:
+        StorageError: if the folder holds something else, or the system refuses.
+    """
+    bound: BoundProgram = chains._bound
+    with bound.holding(chains._snapshot):
+        params = {**getattr(bound.functions.saved, "params", {}), **bound.constrained()}
+    drawn = {"draws": dict(chains.draws), "statistics": dict(chains.statistics), "params": params}
+    _write(path, chains, {"kind": "draws"}, {"record": "chains", "data": chains._data}, drawn)
+
+
+def _write(
+    path: str | os.PathLike[str], record: Any, guide: dict[str, Any], content: dict[str, Any], tree: dict[str, Any]
+) -> None:
+    """What all records have in common, and ``content`` and ``tree`` of their own."""
+    bound: BoundProgram = record._bound
+    whole = {
+        "program": what_it_is(as_program(bound.program.source), guide, record._snapshot),
         "guide": guide,
-        "elbo": fit.elbo,
-        "info": dict(fit.info),
-        "history": dict(fit.history),
+        "declared": _declared(bound),
+        **{key: record.info[key] for key in OF_EVERY_RECORD},
+        "sites": dict(record.sites),
+        "info": {key: value for key, value in record.info.items() if key not in OF_EVERY_RECORD},
+        **content,
     }
-    plain, tensors = pack(content, "config")
-    tree = {
-        "params": dict(fit.params),
-        "snapshot": dict(fit._snapshot),
-        "missing": None if missing is None else {"args": missing.args, "kwargs": dict(missing.kwargs)},
-        "config": tensors,
-    }
-    _write_folder(folder, plain, tree)
-
-
-def sealed(content: Mapping[str, Any]) -> str:
-    """SHA-256 of what the configuration says, however it is laid out."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    plain, tensors = pack(whole, "config")
+    write_folder(Path(path), plain, {**tree, "snapshot": dict(record._snapshot), "config": tensors})
 
 
 def room_for(snapshot: Mapping[str, Tensor]) -> int:
@@ -67,30 +74,44 @@ def room_for(snapshot: Mapping[str, Tensor]) -> int:
     return 4096 + sum(tensor.numel() for tensor in snapshot.values())
 
 
+def _declared(bound: BoundProgram) -> dict[str, Any]:
+    """What is made again by statements of the program; of what has not been made yet since it was loaded, as it was."""
+    saved = getattr(bound.functions.saved, "declared", {})
+    return {
+        param: {
+            "name": entry.name,
+            "tensor": entry.tensor,
+            "constraint": None if entry.constraint is None else str(entry.constraint),
+        }
+        for param, entry in {**saved, **bound.declared()}.items()
+    }
+
+
 def _guide(fit: Any) -> dict[str, Any]:
-    """How the guide is to be had again."""
+    """How the guide is to be had again.
+
+    ``kind`` says where it comes from: the program's own, handed in beside it, built by a recipe, or given by a method
+    of the program. A guide with parameters for each datum is described, and ``kind`` says where that comes from which
+    it runs for what all data share, "nowhere" if there is no such thing.
+    """
     program: Program = fit._bound.program
-    word = fit.info["guide"]
-    if word == "per datum":
-        raise StorageError(
-            "this fit has a guide with parameters for each datum (amortized=False), which cannot be made without the "
-            "data: save the fit that it started from"
-        )
-    guide = program.guide
-    own = as_program(program.source).guide
-    if program.missing is not None:
-        guide = getattr(guide, "__wrapped__", guide)
-    if own is not None and guide == own:
-        return {"kind": "own"}
+    guide, word = program.guide, fit.info["guide"]
+    if isinstance(guide, PerDatumGuide):
+        each = {"per datum": of_each(guide)}
+        return {"kind": "nowhere", **each} if guide.shared is None else {**_from(guide.shared, program), **each}
+    came = _from(guide, program)
+    if came["kind"] == "own":
+        return came
     waiting = fit._bound.first_rows is not None  # loaded, and not asked anything yet
     made = waiting or guide is nothing_to_approximate or isinstance(guide, AutoGuide)
-    if made and word in WORDS:
+    of_pyro = waiting or not isinstance(guide, AutoGuide) or type(guide).__module__.startswith("pyro.infer.autoguide")
+    if made and (word in WORDS or (word in AUTOGUIDES and of_pyro)):
         return {"kind": "recipe", "recipe": word}
-    if made and word != "given":
-        words = ", ".join(map(repr, WORDS))
+    if made and word not in ("given", "conjugate"):
+        words = ", ".join((*map(repr, WORDS), *AUTOGUIDES))
         raise StorageError(
             f"the guide {word} was made from a class that a file may not name: fit with one of {words}, or pass an "
-            "object, guide=AutoGuideClass(model)"
+            f"object, guide={word}(model), which is handed to lvm.load again"
         )
     if word == "conjugate":
         if program.hook("conjugate_guide") is None:
@@ -99,13 +120,21 @@ def _guide(fit: Any) -> dict[str, Any]:
                 "that returns a new one"
             )
         return {"kind": "conjugate"}
-    return {"kind": "beside"}
+    return came
+
+
+def _from(guide: Any, program: Program) -> dict[str, Any]:
+    """Where a guide comes from that nobody made for the fit."""
+    own = as_program(program.source).guide
+    if program.missing is not None:
+        guide = getattr(guide, "__wrapped__", guide)
+    return {"kind": "own"} if own is not None and guide == own else {"kind": "beside", "from": _dotted(guide)}
 
 
 def what_it_is(program: Program, guide: Mapping[str, Any], snapshot: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the program is made of, if that is ours alone; else what it is called."""
     source = program.source
-    named = {"class": None, "name": program.name, "from": _origins(source)}
+    named = {"class": None, "name": program.name, "from": _dotted(source)}
     if guide["kind"] == "beside":
         return named
     try:
@@ -119,53 +148,12 @@ def what_it_is(program: Program, guide: Mapping[str, Any], snapshot: Mapping[str
     return {**named, **tree} if same else named
 
 
-def _origins(source: Any) -> list[str]:
+def _dotted(source: Any) -> list[str]:
+    return [".".join(names) for names in origins(source)]
+
+
+def origins(source: Any) -> list[tuple[str, str]]:
+    """Module and qualified name of what was handed over; of an object those of its class."""
     parts = source if isinstance(source, tuple) else (source,)
     named = (part if hasattr(part, "__qualname__") else type(part) for part in parts)
-    return [f"{part.__module__}.{part.__qualname__}" for part in named]
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise StorageError(f"{folder} is a file: name a folder that is not there yet")
-    found = {entry.name for entry in folder.iterdir()}
-    if not found:
-        return
-    try:
-        config = json.loads(read_file(folder / CONFIG)) if found <= {CONFIG, TENSORS} else None
-    except (StorageError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict) or config.get("library") != "pyro_lvm":
-        raise StorageError(f"{folder} holds something other than a saved fit: name an empty folder, or one not there")
-
-
-def _write_folder(folder: Path, plain: dict[str, Any], tree: Any) -> None:
-    """Write both files beside ``folder`` and put them in its place when they are whole."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    old = folder.with_name(f"{folder.name}.{os.getpid()}.old")
-    try:
-        temporary.mkdir(parents=True)
-        try:
-            write_tree(temporary / TENSORS, tree)
-            plain["tensors"] = hashlib.sha256(read_file(temporary / TENSORS)).hexdigest()
-            text = json.dumps({**plain, "sha256": sealed(plain)}, indent=1)
-            write_file(temporary / CONFIG, text.encode())
-            if folder.exists():
-                folder.rename(old)
-            try:
-                temporary.rename(folder)
-            except BaseException:
-                if old.exists():
-                    old.rename(folder)
-                raise
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(
-            f"{folder} cannot be written ({error.strerror or error}): see to room and permissions on that disk, or "
-            "name another folder"
-        ) from error
+    return [(part.__module__, part.__qualname__) for part in named]

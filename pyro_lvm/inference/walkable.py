@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import config_enumerate
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_lvm.data import Batch, Rows
 from pyro_lvm.elbo.estimator import make_estimator
 from pyro_lvm.errors import ProgramError
+from pyro_lvm.guides import GivenDraws
 from pyro_lvm.inference.density import Density, check_density, make_density
 from pyro_lvm.inference.prepare import initialize, place
 from pyro_lvm.parameters import BoundProgram, Untouched
@@ -26,7 +28,7 @@ from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import Program
 from pyro_lvm.structure import Structure
 
-__all__ = ["Walkable", "make_walkable", "missing_unmasked"]
+__all__ = ["Walkable", "make_walkable", "missing_unmasked", "walked"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,13 @@ class _MissingUnmasked(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"].endswith("_unobserved") and not msg["is_observed"]:
             msg["mask"] = None
+
+
+def walked(program: Program) -> tuple[Program, GivenDraws]:
+    """The program as chains walk on it: enumerable sites marked, and a guide that says the draws again."""
+    given = GivenDraws()
+    sampled = program.with_guide(given)
+    return replace(sampled, model=missing_unmasked(config_enumerate(sampled.model))), given
 
 
 def missing_unmasked(model: Any) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_lvm.errors import StorageError
+from pyro_lvm.storage.tree import is_plain
 
 __all__ = ["built", "described", "storable"]
 
@@ -44,7 +45,7 @@ def described(thing: Any, name: str) -> Any:
     Raises:
         StorageError: if it is or holds something else, naming the place.
     """
-    if thing is None or isinstance(thing, bool | int | float | str | Tensor):
+    if is_plain(thing) or isinstance(thing, Tensor):
         return thing
     if isinstance(thing, list | tuple):
         return [described(value, f"{name}[{i}]") for i, value in enumerate(thing)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_lvm.errors import StorageError
 from pyro_lvm.storage.tree import pack, unpack
 
-__all__ = ["digest", "read_file", "read_tree", "write_file", "write_tree"]
+__all__ = ["decode_tree", "digest", "encode_tree", "flush_folder", "read_file", "read_tree", "write_file", "write_tree"]
 
 _CONTENT, _DIGEST = "content", "sha256"
 
@@ -36,7 +36,7 @@ def write_file(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _flush_folder(path.parent)
+            flush_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -47,7 +47,7 @@ def write_file(path: Path, content: bytes) -> None:
         ) from error
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Wait until the disk knows of the new name."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
@@ -71,14 +71,12 @@ def read_file(path: Path) -> bytes:
 
 
 def write_tree(path: Path, tree: Any) -> None:
-    """Write a tree of plain values and tensors as one file of safetensors, whose header holds the plain values.
+    """Write a tree of plain values and tensors as one file.
 
     Raises:
         StorageError: if the system refuses, or something in the tree is neither a plain value nor a tensor.
     """
-    plain, tensors = pack(tree, "")
-    content = json.dumps(plain)
-    write_file(path, save(tensors, {_CONTENT: content, _DIGEST: digest(content, tensors)}))
+    write_file(path, encode_tree(tree))
 
 
 def read_tree(path: Path) -> Any:
@@ -87,7 +85,30 @@ def read_tree(path: Path) -> Any:
     Raises:
         StorageError: if the file cannot be read, is cut short, or differs by a bit from what was written.
     """
-    data = read_file(path)
+    return decode_tree(read_file(path), path)
+
+
+def encode_tree(tree: Any) -> bytes:
+    """A tree of plain values and tensors as safetensors, whose header holds the plain values.
+
+    Raises:
+        StorageError: if something in the tree is neither a plain value nor a tensor.
+    """
+    plain, tensors = pack(tree, "")
+    content = json.dumps(plain)
+    return save(tensors, {_CONTENT: content, _DIGEST: digest(content, tensors)})
+
+
+def decode_tree(data: bytes, path: Path) -> Any:
+    """The tree that `encode_tree` encoded.
+
+    Args:
+        data: the content of a file.
+        path: the file, for errors.
+
+    Raises:
+        StorageError: if it is cut short, or differs by a bit from what was written.
+    """
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from pyro_lvm.errors import StorageError
 
-__all__ = ["pack", "unpack"]
+__all__ = ["is_plain", "pack", "unpack"]
 
-_PLAIN = (bool, int, float, str, type(None))
+
+def is_plain(value: Any) -> bool:
+    """Whether JSON has a word for the value by itself: None, a truth value, a number, a string."""
+    return isinstance(value, bool | int | float | str | None)
 
 
 def pack(tree: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
@@ -45,7 +48,7 @@ def pack(tree: Any, name: str) -> tuple[Any, dict[str, Tensor]]:
 def _packed(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, np.generic):
         tree = tree.item()
-    if type(tree) in _PLAIN:
+    if is_plain(tree):
         return tree
     if isinstance(tree, Tensor):
         while path in tensors:  # a dotted key beside a nested one
