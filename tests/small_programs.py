@@ -130,6 +130,13 @@ def state_of(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+def same_tensors(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert value.dtype == right[name].dtype, name
+        assert torch.equal(value, right[name]), name
+
+
 def same_state(module, state):
     now = module.state_dict()
     return now.keys() == state.keys() and all(

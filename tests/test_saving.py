@@ -14,7 +14,7 @@ import pytest
 import saved_programs
 import torch
 from saved_programs import NETS, deep, deep_guide
-from small_programs import rows
+from small_programs import rows, same_tensors
 from torch import nn
 
 import pyro_lvm as lvm
@@ -92,13 +92,6 @@ def asked(fit, x):
     return answers
 
 
-def same(left, right):
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert value.dtype == right[name].dtype, name
-        assert torch.equal(value, right[name]), name
-
-
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_what_is_loaded_answers_as_what_was_saved(name, tmp_path):
     make, draw, options = BUILT_IN[name]
@@ -115,7 +108,7 @@ def test_what_is_loaded_answers_as_what_was_saved(name, tmp_path):
     assert loaded.history == dict(fit.history)
     assert loaded.info == fit.info
     assert loaded.sites == fit.sites
-    same(asked(loaded, x), asked(fit, x))
+    same_tensors(asked(loaded, x), asked(fit, x))
 
 
 def test_a_fit_that_was_loaded_can_be_saved_again(tmp_path):
@@ -124,7 +117,7 @@ def test_a_fit_that_was_loaded_can_be_saved_again(tmp_path):
         fit = lvm.fit(make(), x, **TRAIN, **options)
         fit.save(tmp_path / "fit")
         lvm.load(tmp_path / "fit").save(tmp_path / "fit")
-        same(asked(lvm.load(tmp_path / "fit"), x), asked(fit, x))
+        same_tensors(asked(lvm.load(tmp_path / "fit"), x), asked(fit, x))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["fit"]
 
 
@@ -139,7 +132,7 @@ def test_closed_forms(tmp_path):
     )
     for number, fit in enumerate(fits):
         fit.save(tmp_path / f"{number}")
-        same(asked(lvm.load(tmp_path / f"{number}"), x), asked(fit, x))
+        same_tensors(asked(lvm.load(tmp_path / f"{number}"), x), asked(fit, x))
 
 
 IN_A_NEW_PROCESS = """
@@ -224,7 +217,7 @@ def test_a_network_of_ones_own_has_to_be_brought_along(tmp_path):
         lvm.load(tmp_path / "fit")
     vae = make()
     loaded = lvm.load(tmp_path / "fit", vae)
-    same(asked(loaded, x), asked(fit, x))
+    same_tensors(asked(loaded, x), asked(fit, x))
     assert torch.equal(vae.encode(x).mean, fit.program.encode(x).mean)
 
 

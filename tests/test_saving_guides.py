@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from saved_programs import NETS, deep, deep_guide
-from small_programs import Amortised, data, guide_of_mean, model_of_mean, nothing, rows
+from small_programs import Amortised, data, guide_of_mean, model_of_mean, nothing, rows, same_tensors
 from torch import nn
 
 import pyro_lvm as lvm
@@ -18,13 +18,6 @@ from pyro_lvm import guides
 from pyro_lvm.storage.folder import sealed
 
 TRAIN = {"steps": 4, "seed": 1}
-
-
-def same(left, right):
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert value.dtype == right[name].dtype, name
-        assert torch.equal(value, right[name]), name
 
 
 def drawn(record, x, num_draws, seed=1):
@@ -48,8 +41,8 @@ def test_guides_of_pyros_classes(name, tmp_path):
     for _ in range(2):
         loaded = lvm.load(tmp_path / "fit", two_latents)
         loaded.save(tmp_path / "fit")  # not asked anything yet
-    same(drawn(loaded, x, 5), drawn(fit, x, 5))
-    same(loaded._bound.snapshot(), dict(fit._snapshot))
+    same_tensors(drawn(loaded, x, 5), drawn(fit, x, 5))
+    same_tensors(loaded._bound.snapshot(), dict(fit._snapshot))
     loaded.save(tmp_path / "fit")
     loaded = lvm.load(tmp_path / "fit", two_latents)
     assert torch.equal(loaded.log_prob(x, 5, seed=1), fit.log_prob(x, 5, seed=1))
@@ -143,7 +136,7 @@ def test_guides_with_parameters_for_each_datum(name, tmp_path):
     for _ in range(2):
         loaded = lvm.load(tmp_path / "fit", handed)
         loaded.save(tmp_path / "fit")
-    same(drawn(loaded, x, 3), drawn(fit, x, 3))
+    same_tensors(drawn(loaded, x, 3), drawn(fit, x, 3))
     assert torch.equal(loaded.log_prob(x, 3, seed=1), fit.log_prob(x, 3, seed=1))
     assert loaded.elbo == fit.elbo
     for kept in (fit, loaded):
@@ -201,20 +194,20 @@ def test_chains(name, tmp_path):
     assert repr(loaded) == repr(chains)
     assert loaded.info == chains.info
     assert loaded.sites == chains.sites
-    same(dict(loaded.draws), dict(chains.draws))
-    same(dict(loaded.statistics), dict(chains.statistics))
+    same_tensors(dict(loaded.draws), dict(chains.draws))
+    same_tensors(dict(loaded.statistics), dict(chains.statistics))
     with pytest.raises(lvm.ProgramError, match="chains from a file bring no data along: pass x"):
         loaded.posterior()
     for number in (None, 4):
-        same(drawn(loaded, x, number), drawn(chains, None, number))
+        same_tensors(drawn(loaded, x, number), drawn(chains, None, number))
     assert loaded.to_arviz(x, ("posterior", "log_likelihood"), num_samples=3, seed=2) is not None
     if name == "a value for each datum":
-        same(drawn(loaded, x.clone(), 4), drawn(chains, x, 4))
+        same_tensors(drawn(loaded, x.clone(), 4), drawn(chains, x, 4))
         for kept in (chains, loaded):
             with pytest.raises(lvm.ProgramError, match=r"site 'z' has a value for each of the 9 rows .* rows \(9\)"):
                 kept.posterior(x + 1.0)
     else:
-        same(drawn(loaded, x[:5], 4), drawn(chains, x[:5], 4))
+        same_tensors(drawn(loaded, x[:5], 4), drawn(chains, x[:5], 4))
 
 
 def test_chains_of_another_program_are_refused(tmp_path):

@@ -11,20 +11,13 @@ import pytest
 import saved_programs
 import torch
 from saved_programs import NETS, deep, deep_guide
-from small_programs import data, guide_of_mean, mixture, model_of_mean, nothing, rows
+from small_programs import data, guide_of_mean, mixture, model_of_mean, nothing, rows, same_tensors
 from torch import nn
 
 import pyro_lvm as lvm
 
 SAVED = pathlib.Path(__file__).parent / "saved"
 TRAIN = {"steps": 4, "seed": 1}
-
-
-def same(left, right):
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert value.dtype == right[name].dtype, name
-        assert torch.equal(value, right[name]), name
 
 
 class User(nn.Module):
@@ -66,7 +59,7 @@ def test_programs_that_are_handed_in_again(name, tmp_path):
     torch.manual_seed(99)
     NETS["live"] = nn.Linear(1, 1)
     loaded = lvm.load(tmp_path / "fit", make())
-    same(dict(loaded.params), dict(fit.params))
+    same_tensors(dict(loaded.params), dict(fit.params))
     assert torch.equal(loaded.log_prob(x, 3, seed=2), expected_log_prob)
     if posterior:
         assert torch.equal(loaded.posterior(x, 3, seed=1)["z" if name == "pyro.module" else "loc"], expected)
@@ -108,7 +101,7 @@ def test_live_modules_get_the_values_at_once_and_keep_what_is_trained_since(make
     for _ in range(2):
         assert torch.equal(loaded.log_prob(x, 3, seed=1), fit.log_prob(x, 3, seed=1))
         assert torch.equal(tensor(fresh), tensor(trained) + 1.0)
-    same(dict(loaded.params), dict(fit.params))
+    same_tensors(dict(loaded.params), dict(fit.params))
 
 
 def test_networks_that_functions_register_get_the_values_when_they_are_met(tmp_path):
@@ -166,7 +159,7 @@ def test_the_first_evaluation_may_be_of_fewer_rows_than_a_parameter_has(kind, tm
         loaded = lvm.load(tmp_path / "fit", (saved_programs.by_row, guide_by_row))
         drawn = loaded.posterior(x[:number], 3, seed=1)["z"]
         assert torch.equal(drawn, fit.posterior(x[:number], 3, seed=1)["z"])
-        same(dict(loaded.params), dict(fit.params))
+        same_tensors(dict(loaded.params), dict(fit.params))
         loaded.save(tmp_path / "again")
         again = lvm.load(tmp_path / "again", (saved_programs.by_row, guide_by_row))
         assert torch.equal(again.posterior(x, 3, seed=1)["z"], fit.posterior(x, 3, seed=1)["z"])
@@ -198,7 +191,7 @@ def test_parameters_of_the_loss_beside_the_bound_are_kept(tmp_path):
         loaded = lvm.load(tmp_path / "fit", Helped())
         assert torch.equal(loaded.log_prob(x, 3, seed=1), fit.log_prob(x, 3, seed=1))
         loaded.save(tmp_path / "fit")
-    same(dict(loaded.params), dict(fit.params))
+    same_tensors(dict(loaded.params), dict(fit.params))
     assert "wish" in loaded.params
 
 
