@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_lvm as lvm
+from pyro_lvm.capture import broadcasts
 from pyro_lvm.capture import graph as graphs
 from pyro_lvm.capture.broadcasts import narrowed
 from pyro_lvm.capture.operations import is_pointwise
@@ -29,6 +31,12 @@ N, K, D = 30, 4, 3
 def few_passes(monkeypatch):
     """How well the bound is known in the end is another test's affair."""
     monkeypatch.setattr(bound, "MAX_PASSES", 2)
+
+
+@pytest.fixture(autouse=True)
+def every_change_is_made(monkeypatch):
+    """Whether it pays is one test's affair."""
+    monkeypatch.setattr(broadcasts, "WORTH_A_CHANGE", math.inf)
 
 
 def traced(function, *inputs):
@@ -207,6 +215,28 @@ def test_a_graph_that_looks_into_memory_is_left_alone():
     assert less is graph
 
 
+@pytest.mark.parametrize(("share", "changed"), [(0.9, False), (0.95, True)])
+def test_a_graph_that_would_do_little_less_is_left_alone(monkeypatch, share, changed):
+    """Of the eleven tensors of N * K numbers ten are left, and the exponential of w."""
+    monkeypatch.setattr(broadcasts, "WORTH_A_CHANGE", share)
+
+    def much(x, w):
+        for _ in range(9):
+            x = x.tanh()
+        return x * w.expand(N, K).exp()
+
+    graph, less = both(much, rows(N, K), positive(K))
+    assert (less is not graph) == changed
+
+
+def test_a_network_keeps_its_own_operations(compiled, monkeypatch):
+    """Nothing in it is spread; taken apart, its cross-entropy would be more to do."""
+    monkeypatch.setattr(broadcasts, "WORTH_A_CHANGE", 0.9)
+    fitted(lambda: lvm.VAE(D, 2, (5,)), (rows(N, D) > 0).double(), "compiled")
+    (graph, less), *_ = compiled
+    assert less is graph
+
+
 def written_into(x, w):
     spread = w.exp().expand(N, K).clone()
     before = (x * spread).sum(0)
@@ -315,7 +345,7 @@ def compiled(monkeypatch):
 
 def fitted(program, x, capture, **options):
     torch.manual_seed(0)
-    made = program() if isinstance(program, type) else program
+    made = program if isinstance(program, tuple) else program()
     return lvm.fit(made, x, capture=capture, steps=5, lr=0.01, seed=0, **options)
 
 

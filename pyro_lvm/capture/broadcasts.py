@@ -41,9 +41,14 @@ _VIEWS = (
 )
 _LINEAR = (aten.neg.default, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor)
 
+WORTH_A_CHANGE = 0.9
+"""A graph that still computes more than this share of its numbers is left as it was."""
+
 
 def narrowed(graph: fx.GraphModule, example: Sequence[Tensor]) -> fx.GraphModule:
-    """The same function with less work; ``graph`` itself where it writes into its inputs or looks into memory.
+    """The same function with less work; ``graph`` itself where that is not much less, or cannot be.
+
+    It cannot where a graph writes into its inputs, or depends on where numbers lie in memory.
 
     Args:
         graph: operations on tensors, as `make_fx` gives them.
@@ -58,7 +63,13 @@ def narrowed(graph: fx.GraphModule, example: Sequence[Tensor]) -> fx.GraphModule
         found = make_fx(lambda *inputs: narrow.run(*inputs))(*example)
     found.graph.eliminate_dead_code()
     found.recompile()
-    return found
+    return found if _numbers(found) <= WORTH_A_CHANGE * _numbers(graph) else graph
+
+
+def _numbers(graph: fx.GraphModule) -> int:
+    """How many numbers its operations compute; views compute none."""
+    values = [n.meta.get("val") for n in graph.graph.nodes if not getattr(n.target, "is_view", n.op != "call_function")]
+    return sum(value.numel() for value in values if isinstance(value, Tensor))
 
 
 @dataclass(frozen=True, eq=False)
