@@ -41,23 +41,6 @@ def _vae(n: int) -> Contender:
         # in place: with a million rows, 3 GB once and not twice
         x = torch.empty(n, features).bernoulli_(0.3, generator=torch.Generator().manual_seed(0))
         loop = make_loop(lvm.VAE(features, latent, (hidden,)), x, "graph", batch_size=batch_size)
-        return _flushed(burst(loop, "graph", loop.order.steps_per_epoch))
+        return burst(loop, "graph", loop.order.steps_per_epoch)
 
     return Contender(f"n={n}", make, 1, size=n)
-
-
-def _flushed(take_steps: Burst) -> Burst:
-    """The burst with denormal numbers as nought.
-
-    Adam's moments of units that have died become denormal after a thousand steps, and a step with them takes half as
-    long again: epochs of many rows, which have that many steps, would be charged for it, and those of few would not.
-    """
-
-    def run() -> None:
-        torch.set_flush_denormal(True)
-        try:
-            take_steps()
-        finally:
-            torch.set_flush_denormal(False)
-
-    return run

@@ -48,6 +48,25 @@ def test_it_is_torchs_adam_to_the_bit_under_a_schedule_that_also_moves_its_momen
     assert counters(optimizers[0]) == counters(optimizers[1]) == [30.0] * 3
 
 
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 1_600), (torch.float64, 8_000)])
+def test_means_of_a_unit_that_has_died_do_not_stay_denormal_and_parameters_are_torchs(dtype, steps):
+    mine, torchs = ([nn.Parameter(torch.full((8,), 0.3, dtype=dtype))] for _ in range(2))
+    optimizers = FusedAdam(mine, lr=0.01), torch.optim.Adam(torchs, lr=0.01, fused=True)
+    for step in range(steps):
+        for parameter, optimizer in zip((*mine, *torchs), optimizers, strict=True):
+            alive = torch.linspace(-1, 1, 8, dtype=dtype) * (1 + step % 7)
+            parameter.grad = torch.where(torch.arange(8) < (8 if step < 20 else 4), alive, 0.0)
+            optimizer.step()
+    assert same((mine, torchs))
+
+    def denormal(optimizer):
+        mean = optimizer.state_dict()["state"][0]["exp_avg"]
+        return ((mean.abs() < torch.finfo(dtype).tiny) & (mean != 0)).tolist()
+
+    assert denormal(optimizers[0]) == [False] * 8
+    assert denormal(optimizers[1]) == [False] * 4 + [True] * 4
+
+
 @pytest.mark.parametrize("without", [(0,), (1, 2)])
 def test_a_parameter_without_a_gradient_rests_and_keeps_its_own_count(without):
     groups, *optimizers = pair()

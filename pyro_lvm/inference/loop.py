@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_lvm.capture.graph import CapturedStep, Level
 from pyro_lvm.capture.guards import numbers_of
+from pyro_lvm.capture.special_functions import bring_in_constants
 from pyro_lvm.capture.step import Step
 from pyro_lvm.data import Rows
 from pyro_lvm.errors import NonFiniteError, ProgramError, ProgramWarning
@@ -68,6 +69,7 @@ class Loop:
         alternation: Alternation | None = None,
         on_nonfinite: tuple[str, int] = ("raise", 0),
     ) -> None:
+        bring_in_constants()
         self.prepared, self.order, self.alternation = prepared, order, alternation
         step = Step(prepared.bound, prepared.estimator, prepared.auxiliary_loss, parameters, len(order.rows), autocast)
         self.step = CapturedStep(step, *level)
