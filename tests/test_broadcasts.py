@@ -338,7 +338,7 @@ def compiled(monkeypatch):
         return pairs[-1][1]
 
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph.forward)
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, **_: graph.forward)
     monkeypatch.setattr(graphs, "narrowed", recorded)
     return pairs
 
@@ -410,12 +410,12 @@ def test_where_less_is_not_the_same_all_is_compiled(compiled, monkeypatch, how):
             raise RuntimeError("no graph of this kind")
         return traced(lambda *inputs: [value + 1.0 for value in graph(*inputs)], *example)
 
-    def compile_(graph, **_):
+    def compile_(graph, inputs, **_):
         seen.append(graph)
         return graph.forward
 
     monkeypatch.setattr(graphs, "narrowed", wrong)
-    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch._inductor, "compile", compile_)
     eager, all_ = (fitted((gaussians, nothing), rows(N, D), capture) for capture in (False, "compiled"))
     assert all_.info["capture"] == "compiled"
     assert len(seen) == (1 if how == "fails" else 2)

@@ -8,6 +8,7 @@ for the value of a tensor, every step goes through Pyro as before, and `Captured
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from pyro.infer import RenyiELBO
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_lvm.capture.agreement import SAME_AFTER_FUSION, SAME_IN_ANOTHER_ORDER_OF_SUMS, equal
@@ -231,8 +232,8 @@ class CapturedStep:
         why = ""
         for make in (less, lambda: owner):
             try:
-                options: Any = {"fallback_random": True, "triton.cudagraphs": self.level == "cuda_graph"}
-                compiled = replace(graph, function=torch.compile(make(), dynamic=False, options=options))
+                module = make()
+                compiled = replace(graph, function=fresh(lambda m=module: _inductor(m, inputs, self.level)))
                 for batch, right in expected:
                     found = fresh(lambda b=batch, g=compiled: self._taken(lambda c: self._run(g, _tensors(c)), b))
                     if not equal(found, right, SAME_AFTER_FUSION, self.step.size):
@@ -243,6 +244,19 @@ class CapturedStep:
         self.level, self.reason = "graph", f"not compiled: {why}"
         _log.info("%s: %s", self.step.bound.program.name, self.reason)
         return graph
+
+
+def _inductor(module: fx.GraphModule, inputs: tuple[Tensor, ...], level: Level) -> Callable[..., Any]:
+    """The graph compiled, for inputs of these shapes.
+
+    Without ``torch.compile``, which would look at every input before every call whether it still is what it was: for a
+    small program that takes as long as the step. Here a graph is called with nothing else.
+    """
+    options = {"fallback_random": True, "triton.cudagraphs": level == "cuda_graph"}
+    of_its_own = fx.GraphModule(module, copy.deepcopy(module.graph))  # passes of the compiler change it
+    with torch.no_grad():
+        compiled: Callable[..., Any] = torch._inductor.compile(of_its_own, list(inputs), options=options)
+    return compiled
 
 
 def _owner(forward: Any) -> Any:
