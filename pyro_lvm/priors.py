@@ -12,10 +12,12 @@ Example:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_lvm.columns import columns_of
 from pyro_lvm.storage.classes import storable
 
 __all__ = ["NormalInverseWishart", "weakly_informative"]
@@ -103,7 +105,7 @@ class NormalInverseWishart:
         return self.degrees_of_freedom - self.num_features + 1
 
 
-def weakly_informative(x: Tensor, num_components: int = 1, concentration: float | Tensor = 1.0) -> NormalInverseWishart:
+def weakly_informative(x: Any, num_components: int = 1, concentration: float | Tensor = 1.0) -> NormalInverseWishart:
     r"""A prior that knows the place and the units of the data and little else.
 
     .. math:: m = \bar x, \quad \kappa = 0.01, \quad \nu = D + 2, \quad \Psi = S / K^{2/D}
@@ -113,7 +115,7 @@ def weakly_informative(x: Tensor, num_components: int = 1, concentration: float 
     dimensions state a prior of your own. Fraley and Raftery (2007), https://doi.org/10.1007/s00357-007-0004-5, sec. 3.
 
     Args:
-        x: data, shape (n, D), n >= 2.
+        x: data, shape (n, D), n >= 2, in any form that `fit` takes.
         num_components: K of the volume rule; 1 leaves S as it is.
         concentration: of the Dirichlet over the weights.
 
@@ -121,26 +123,26 @@ def weakly_informative(x: Tensor, num_components: int = 1, concentration: float 
         The prior, in the dtype and on the device of x.
 
     Raises:
+        TypeError: if x is no data.
         ValueError: if x is not a table of at least two finite rows, or num_components < 1.
     """
-    if not isinstance(x, Tensor) or x.dim() != 2 or len(x) < 2 or not x.is_floating_point():
-        got = f"shape {tuple(x.shape)} and dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a floating-point tensor (n, D) with n >= 2, to have a covariance; got {got}.")
-    if not bool(x.isfinite().all()):
-        not_finite = int((~x.isfinite()).sum())
-        raise ValueError(f"x holds {not_finite} values that are not finite; drop or fill those rows first.")
     if num_components < 1:
         raise ValueError(f"num_components is {num_components}; it must be at least 1.")
-    num_features = x.shape[1]
-    wide = x.detach().double()
-    covariance = wide.T.cov().reshape(num_features, num_features)
+    columns = columns_of(x)
+    like = columns.reference
+    if columns.size < 2 or not like.is_floating_point():
+        raise ValueError(
+            f"x must hold floating-point numbers in at least 2 rows, to have a covariance; it has {columns.size} "
+            f"of {like.dtype}."
+        )
+    num_features, covariance = len(columns.mean), columns.covariance
     variances = covariance.diagonal()
     # A constant or repeated feature has no width of its own: lend it a little of the others', that Psi has an inverse.
     lent = 1e-5 * torch.where(variances > 0, variances, variances.mean().clamp_min(1e-8))
     scale_matrix = (covariance + lent.diag()) / num_components ** (2 / num_features)
     return NormalInverseWishart(
-        mean=wide.mean(0).to(x),
-        scale_matrix=scale_matrix.to(x),
+        mean=columns.mean.to(like),
+        scale_matrix=scale_matrix.to(like),
         degrees_of_freedom=float(num_features + 2),
         concentration=concentration,
     )

@@ -1,9 +1,10 @@
 """What torch's special functions read, brought into memory before the first step.
 
-On processors with AVX-512 torch's ``log1p`` and ``expm1`` of float32 (the likelihood of a Bernoulli, every softplus) end
-with a load of a constant under a mask, which selects it for the argument -0 and hardly any other. As long as nothing
-has touched the page of torch's library where the constant lies, it is missing from the process's tables of memory, and
-the processor takes a slow path to find that the mask forbids the fault: a ``log1p`` takes ten times its time.
+On processors with AVX-512 torch's ``log1p`` and ``expm1`` of float32 (the likelihood of a Bernoulli, every softplus)
+end with a load of a constant under a mask, which selects it for the argument -0 and hardly any other. As long as
+nothing has touched the page of torch's library where the constant lies, it is missing from the process's tables of
+memory, and the processor takes a slow path to find that the mask forbids the fault: a ``log1p`` takes ten times its
+time.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import pyro
 import torch
 from torch import Tensor
 
+from pyro_lvm.columns import columns_of
 from pyro_lvm.models.linear_gaussian import GuideCovariance, LinearGaussianModel
 from pyro_lvm.storage.classes import storable
 
@@ -76,7 +77,7 @@ class PPCA(LinearGaussianModel):
 
     @classmethod
     @torch.no_grad()
-    def closed_form(cls, x: Tensor, latent_dim: int, guide_covariance: GuideCovariance = "diag") -> Self:
+    def closed_form(cls, x: Any, latent_dim: int, guide_covariance: GuideCovariance = "diag") -> Self:
         r"""Maximum likelihood without iteration; the guide is the exact posterior, so its ELBO is the log evidence.
 
         .. math::
@@ -86,37 +87,37 @@ class PPCA(LinearGaussianModel):
         data with denominator n (scikit-learn's PCA divides by n - 1 and ends a little below this maximum).
 
         Args:
-            x: data, shape (n, D); computed in double precision, the model gets the dtype and device of x.
+            x: data, shape (n, D), in any form that `fit` takes; walked twice, computed in double precision. The model
+                gets the dtype and device of x.
             latent_dim: L, at least 1 and less than D; at most n - 2, or nothing is left for the noise.
             guide_covariance: as in `PPCA`.
 
         Raises:
-            ValueError: if latent_dim does not fit D, if there are too few rows, or if L axes explain x completely.
+            ValueError: if x is not one table, holds values that are not finite or too few rows, if latent_dim does not
+                fit D, or if L axes explain x completely.
         """
-        if x.ndim != 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}; closed_form needs rows and columns, (n, num_features)")
-        ppca = cls(x.shape[1], latent_dim, guide_covariance)
-        if len(x) < latent_dim + 2:
+        columns = columns_of(x)
+        size, num_features = columns.size, len(columns.mean)
+        ppca = cls(num_features, latent_dim, guide_covariance)
+        if size < latent_dim + 2:
             raise ValueError(
-                f"x has {len(x)} rows, but latent_dim={latent_dim} needs at least {latent_dim + 2}: fewer rows lie in "
-                f"a {latent_dim}-dimensional plane and leave no noise. Use more rows, or latent_dim <= {len(x) - 2}"
+                f"x has {size} rows, but latent_dim={latent_dim} needs at least {latent_dim + 2}: fewer rows lie in "
+                f"a {latent_dim}-dimensional plane and leave no noise. Use more rows, or latent_dim <= {size - 2}"
             )
-        ppca.to(device=x.device, dtype=x.dtype if x.is_floating_point() else None)
-        mean = x.double().mean(0)
-        # Eigenvalues of the covariance from singular values of the data: the small ones keep their digits, and the
-        # triangular factor stands in for the data because it has D rows where the data have n.
-        triangle = torch.linalg.qr(x.double() - mean, mode="r").R
-        _, singular_values, axes = torch.linalg.svd(triangle, full_matrices=False)
-        eigenvalues = singular_values.square() / len(x)
-        noise_variance = eigenvalues[latent_dim:].sum() / (x.shape[1] - latent_dim)
+        like = columns.reference
+        ppca.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
+        # Eigenvalues of the covariance from singular values of the data: the small ones keep their digits.
+        _, singular_values, axes = torch.linalg.svd(columns.triangle, full_matrices=False)
+        eigenvalues = singular_values.square() / size
+        noise_variance = eigenvalues[latent_dim:].sum() / (num_features - latent_dim)
         if not noise_variance > 1e-20 * eigenvalues[0]:
             raise ValueError(
-                f"latent_dim={latent_dim} axes explain x completely and leave no noise: the density would be unbounded "
-                "(or x holds NaN). Use a smaller latent_dim"
+                f"latent_dim={latent_dim} axes explain x completely and leave no noise: the density would be "
+                "unbounded. Use a smaller latent_dim"
             )
         loadings = axes[:latent_dim].mT * (eigenvalues[:latent_dim] - noise_variance).clamp_min(0).sqrt()
-        ppca.location.copy_(mean)
+        ppca.location.copy_(columns.mean)
         ppca.scale.copy_(noise_variance.sqrt())  # so that the floor lies far below the noise
-        ppca.set_parameters(loadings=loadings, mean=mean, noise_scale=noise_variance.sqrt())
+        ppca.set_parameters(loadings=loadings, mean=columns.mean, noise_scale=noise_variance.sqrt())
         ppca.is_initialized.fill_(True)
         return ppca
