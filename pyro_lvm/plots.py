@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_lvm.arrays import rows_of
 from pyro_lvm.diagnosis_panels import diagnosis
 from pyro_lvm.figures import new_figure
 from pyro_lvm.graph.picture import graph
@@ -173,12 +174,12 @@ def samples(model: Any, num: int = 64, seed: int | None = None, *, shape: tuple[
     return image_grid(images, columns=math.ceil(math.sqrt(num)), shape=shape)
 
 
-def reconstructions(model: Any, x: Tensor, *, shape: tuple[int, int] | None = None) -> Figure:
+def reconstructions(model: Any, x: Any, *, shape: tuple[int, int] | None = None) -> Figure:
     """Data and under each its reconstruction, E[x' | z] at the encoder's mean.
 
     Args:
         model: has ``reconstruct(x)`` giving (n, D).
-        x: data, shape (n, D), at most 32 of them.
+        x: data, shape (n, D), at most 32 of them, as a tensor or an array.
         shape: height and width of an image; None for a square.
 
     Returns:
@@ -186,11 +187,11 @@ def reconstructions(model: Any, x: Tensor, *, shape: tuple[int, int] | None = No
     """
     if len(x) > 32:
         raise ValueError(f"{len(x)} reconstructions are too many for one picture: pass at most 32 rows, x[:32]")
-    columns = min(len(x), 16)
-    made = model.reconstruct(x).to(x.dtype)
+    columns, shown = min(len(x), 16), rows_of(x, torch.arange(len(x)))
+    made = model.reconstruct(x).to(shown)
     rows: list[Tensor] = []
     for start in range(0, len(x), columns):
-        for part in (x[start : start + columns], made[start : start + columns]):
+        for part in (shown[start : start + columns], made[start : start + columns]):
             rows.append(torch.cat([part, part.new_full((columns - len(part), part.shape[-1]), torch.nan)]))
     return image_grid(torch.cat(rows), columns=columns, shape=shape)
 
@@ -240,28 +241,29 @@ def latent(z: Tensor, y: Tensor | None = None, *, axes: tuple[int, int] = (0, 1)
     return figure
 
 
-def mixture(gmm: Any, x: Tensor, *, axes: tuple[int, int] = (0, 1)) -> Figure:
+def mixture(gmm: Any, x: Any, *, axes: tuple[int, int] = (0, 1)) -> Figure:
     """Data coloured by their likeliest component, and ellipses of one and two standard deviations.
 
     Args:
         gmm: a fitted `GaussianMixture` (maximum likelihood).
-        x: data, shape (n, D), D at least 2.
+        x: data, shape (n, D), D at least 2, as a tensor or an array.
         axes: which two features.
     """
     import numpy as np
 
-    if x.dim() != 2 or max(axes) >= x.shape[-1]:
+    if x.ndim != 2 or max(axes) >= x.shape[-1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, which has no features {axes}: choose axes below its width")
     figure = new_figure(6.0, 5.0)
     panel = figure.subplots()
     with torch.no_grad():
         component = gmm.responsibilities(x).argmax(-1)
+        shown = rows_of(x, torch.arange(len(x)))
         chol = gmm.scale_tril.expand(gmm.num_components, -1, -1)
         locs = gmm.locs
     angle = np.linspace(0.0, 2 * np.pi, 100)
     circle = np.stack([np.cos(angle), np.sin(angle)])
     for k in range(gmm.num_components):
-        chosen = x[component == k].cpu().numpy()
+        chosen = shown[component == k].cpu().numpy()
         panel.scatter(chosen[:, axes[0]], chosen[:, axes[1]], s=8, alpha=0.5, color=f"C{k % 10}")
         covariance = (chol[k] @ chol[k].mT)[list(axes)][:, list(axes)].double().cpu().numpy()
         centre = locs[k][list(axes)].double().cpu().numpy()[:, None]

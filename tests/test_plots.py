@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import pyro_lvm as lvm
@@ -53,6 +54,22 @@ def test_reconstructions_stand_under_their_originals() -> None:
         np.testing.assert_allclose(tile(sheet, row, column), x[k].reshape(4, 4).numpy())
         np.testing.assert_allclose(tile(sheet, row + 1, column), -x[k].reshape(4, 4).numpy())
     assert np.isnan(tile(sheet, 2, 5)).all()
+
+
+def canvas(figure) -> FigureCanvasAgg:
+    drawn = FigureCanvasAgg(figure)
+    drawn.draw()
+    return drawn
+
+
+def test_data_of_numpy_are_shown_as_tensors_are() -> None:
+    x = torch.rand(60, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vae, gmm = lvm.VAE(4, 1, (3,)), lvm.GaussianMixture(2, 4)
+    gmm.initialize(x.float(), seed=0)
+    for plot, model, at_most in ((lvm.plots.reconstructions, vae, 30), (lvm.plots.mixture, gmm, 60)):
+        of_tensor, of_array = (plot(model, data[:at_most]) for data in (x.float(), x.numpy()))
+        pixels = [np.asarray(canvas(figure).buffer_rgba()).astype(float) for figure in (of_tensor, of_array)]
+        np.testing.assert_allclose(*pixels, atol=2)
 
 
 def test_interpolation_has_a_row_for_each_pair() -> None:
