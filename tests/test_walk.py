@@ -208,6 +208,21 @@ def test_rows_are_put_where_they_belong():
     assert torch.equal(joined.result()["z"], whole)
 
 
+def test_a_mixture_with_given_parameters(x, tmp_path):
+    mixture = lvm.GaussianMixture(3, D, "diag")
+    mixture.to(x.dtype)
+    weights, locs, scales = rows(10, 3).softmax(-1), rows(30, D), 1.0 + rows(30, D, seed=1).abs()
+    sites = {
+        "weights": weights.reshape(2, 5, 3),
+        "locs": locs.reshape(2, 5, 3, D),
+        "scales": scales.reshape(2, 5, 3, D),
+    }
+    right = mixture.log_joint_given(x, sites)
+    assert right.shape == (2, 5, N, 3)
+    for _, data in all_kinds(x, tmp_path):
+        torch.testing.assert_close(mixture.log_joint_given(data, sites), right)
+
+
 # ------------------------------------------------------------------------------------------------- evaluations
 
 

@@ -251,11 +251,12 @@ class GaussianMixture(InformationCriteria, nn.Module):
         generator = generator_for(seed, x.device)
         return impute_rows(x, *self._natural(), self.covariance, num_draws, generator)
 
-    def log_joint_given(self, x: Tensor, sites: dict[str, Tensor]) -> Tensor:
+    @by_rows(dim=-2)
+    def log_joint_given(self, x: Any, sites: dict[str, Tensor]) -> Tensor:
         """Log p(x, component = k | parameters) for given parameter draws; what posterior averages are made of.
 
         Args:
-            x: data, shape (n, D).
+            x: data, shape (n, D), in any form that `fit` takes.
             sites: ``weights`` (..., K), ``locs`` (..., K, D) and ``scales`` or ``scale_tril`` (...), as drawn.
 
         Returns:
