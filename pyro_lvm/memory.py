@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pathlib
 
@@ -67,8 +68,28 @@ def _of_limits() -> list[int]:
     for limit, field in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
         soft = resource.getrlimit(limit)[0]
         if soft != resource.RLIM_INFINITY and field in used:
-            left.append(soft - used[field])
+            left.append(soft - used[field] + _free_in_heap())
     return left
+
+
+class _Heap(ctypes.Structure):
+    """What glibc's ``mallinfo2`` tells: ten numbers, of which the ninth is what is free."""
+
+    _fields_ = [
+        *((f"other{i}", ctypes.c_size_t) for i in range(8)),
+        ("free", ctypes.c_size_t),
+        ("top", ctypes.c_size_t),
+    ]
+
+
+def _free_in_heap() -> int:
+    """Bytes that malloc has taken from the system and lent to nobody; none where it does not say."""
+    try:
+        tell = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError, TypeError):  # glibc has had it since 2.33
+        return 0
+    tell.restype = _Heap
+    return int(tell().free)
 
 
 def _of_containers() -> list[int]:
