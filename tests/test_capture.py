@@ -23,10 +23,12 @@ from small_programs import (
 )
 from torch import nn
 from torch.distributions import constraints
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_lvm as lvm
+from pyro_lvm.capture.operations import remove_unused
 from pyro_lvm.datasets.binarized import Binarized
 from pyro_lvm.inference import bound
 
@@ -275,6 +277,20 @@ def test_batch_norm_keeps_count():
     assert int(norm.num_batches_tracked) == int(program.encoder[0].num_batches_tracked)
     assert torch.equal(norm.running_mean, program.encoder[0].running_mean)
     assert torch.equal(norm.running_var, program.encoder[0].running_var)
+
+
+def test_what_nobody_uses_is_taken_out_but_neither_writes_nor_draws():
+    def function(count, x):
+        count.add_(1)
+        torch.empty_like(x).normal_()
+        torch.bernoulli(x)
+        x.exp().unbind()[0].log()
+        return x * 2
+
+    graph = make_fx(function)(torch.zeros(()), torch.full((3,), 0.5))
+    remove_unused(graph.graph)
+    names = [node.target.overloadpacket.__name__ for node in graph.graph.nodes if node.op == "call_function"]
+    assert names == ["add_", "empty_like", "normal_", "bernoulli", "mul"]
 
 
 SEMI_SUPERVISED_ROUNDING = 1e-12

@@ -23,7 +23,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
-from pyro_lvm.capture.operations import is_pointwise, writes
+from pyro_lvm.capture.operations import is_pointwise, remove_unused, writes
 
 __all__ = ["narrowed"]
 
@@ -56,12 +56,12 @@ def narrowed(graph: fx.GraphModule, example: Sequence[Tensor]) -> fx.GraphModule
     """
     with torch.no_grad():
         pure = make_fx(functionalize(lambda *inputs: graph(*inputs)))(*example)
-        pure.graph.eliminate_dead_code()
+        remove_unused(pure.graph)
         if any(writes(node.target) or node.target is aten.as_strided.default for node in pure.graph.nodes):
             return graph
         narrow = _Narrow(pure)
         found = make_fx(lambda *inputs: narrow.run(*inputs))(*example)
-    found.graph.eliminate_dead_code()
+    remove_unused(found.graph)
     found.recompile()
     return found if _numbers(found) <= WORTH_A_CHANGE * _numbers(graph) else graph
 

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_lvm.capture.agreement import SAME_AFTER_FUSION, SAME_IN_ANOTHER_ORDER_OF_SUMS, equal
 from pyro_lvm.capture.broadcasts import narrowed
 from pyro_lvm.capture.guards import left_as_found, python_state
+from pyro_lvm.capture.operations import remove_unused
 from pyro_lvm.capture.readouts import put_aside
 from pyro_lvm.capture.step import Column, Step, StepResult
 from pyro_lvm.data import Batch
@@ -203,7 +204,7 @@ class CapturedStep:
                 graph = make_fx(function)(*_tensors(batch).values(), *state)
         except Exception as error:  # whatever stands in the way of a graph, Pyro's own step is at hand
             raise Uncapturable(_said(error)) from error
-        graph.graph.eliminate_dead_code()
+        remove_unused(graph.graph)
         graph.recompile()
         return _Graph(graph.forward, state, told["columns"], told["has"])
 

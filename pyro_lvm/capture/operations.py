@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
+from torch import fx
 
-__all__ = ["is_pointwise", "writes"]
+__all__ = ["is_pointwise", "remove_unused", "writes"]
 
 
 def writes(target: Any) -> bool:
@@ -22,4 +24,25 @@ def is_pointwise(target: Any) -> bool:
     gives_a_tensor = [str(given.type) for given in target._schema.returns] == ["Tensor"]
     return (
         gives_a_tensor and torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
+    )
+
+
+def remove_unused(graph: fx.Graph) -> None:
+    """Take out what nobody uses: but neither writes nor draws, which move a generator on.
+
+    The method that graphs have for it, `eliminate_dead_code`, takes out both in torch 2.4.
+    """
+    for node in reversed(graph.nodes):
+        if not node.users and (node.op == "get_attr" or (node.op == "call_function" and _only_computes(node.target))):
+            graph.erase_node(node)
+
+
+def _only_computes(target: Any) -> bool:
+    if target is operator.getitem:
+        return True
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and not writes(target)
+        and torch.Tag.nondeterministic_seeded not in target.tags
+        and len(target._schema.returns) > 0
     )

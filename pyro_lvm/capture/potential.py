@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_lvm.capture.operations import writes
+from pyro_lvm.capture.operations import remove_unused, writes
 from pyro_lvm.declaration import raised_at
 
 __all__ = ["Position", "Potential", "capture_potential"]
@@ -118,7 +118,7 @@ def _fold(graph: torch.fx.GraphModule, example: list[Tensor]) -> None:
         for node in list(graph.graph.nodes):
             if node.op == "call_function" and node.target is torch.ops.aten.alias.default:
                 node.replace_all_uses_with(node.args[0])
-    graph.graph.eliminate_dead_code()
+    remove_unused(graph.graph)
     graph.recompile()
 
 
