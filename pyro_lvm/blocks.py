@@ -11,7 +11,20 @@ from torch import Tensor
 
 from pyro_lvm.data import Rows
 
-__all__ = ["Blocks"]
+__all__ = ["Blocks", "require_one_array"]
+
+
+def require_one_array(rows: Rows, edit: str) -> Tensor:
+    """The first row, shape (1, ...), of data that are one array.
+
+    Raises:
+        ValueError: if they are several.
+    """
+    arrays = rows.first(1).tensors()
+    if len(arrays) != 1:
+        raise ValueError(f"x holds {len(arrays)} arrays ({', '.join(arrays)}): {edit}")
+    (first,) = arrays.values()
+    return first
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lvm.blocks import Blocks
+from pyro_lvm.blocks import Blocks, require_one_array
 from pyro_lvm.data import as_rows
 
 __all__ = ["Columns", "columns_of"]
@@ -54,10 +54,7 @@ def columns_of(x: Any) -> Columns:
         ValueError: if x is not one array of rows and columns, or holds values that are not finite.
     """
     rows = as_rows(x, "x")
-    arrays = rows.first(1).tensors()
-    if len(arrays) != 1:
-        raise ValueError(f"x holds {len(arrays)} arrays ({', '.join(arrays)}): pass one, of shape (n, D)")
-    (first,) = arrays.values()
+    first = require_one_array(rows, "pass one, of shape (n, D)")
     if first.ndim != 2:
         raise ValueError(f"x has shape {(len(rows), *first.shape[1:])}: pass rows and columns, (n, D)")
     blocks = Blocks(rows, len(rows) if isinstance(x, Tensor) else max(Blocks.rows_at_once, 4 * first.shape[1]))

@@ -38,7 +38,7 @@ STEPS_THAT_REPAY_A_GRAPH = 200
 """A capture costs about as much as so many steps save."""
 
 STEPS_THAT_REPAY_A_COMPILER = 4_000
-"""A compilation takes four to fifteen seconds, and saves one to twenty milliseconds a step."""
+"""A compilation takes up to twenty seconds, and saves one to twenty milliseconds a step."""
 
 OPERATIONS_THAT_COMPILE_SOON = 1_500
 """Unrolled loops make graphs of thousands of operations, over which a compiler sits for minutes."""
@@ -227,14 +227,10 @@ class CapturedStep:
         """The graph, narrowed and compiled; compiled as it is, or left as it is, where that does not give the same."""
         owner, inputs = _owner(graph.function), (*_tensors(expected[0][0]).values(), *graph.state)
 
-        def less() -> Any:
-            return fresh(lambda: narrowed(owner, inputs))
-
         why = ""
-        for make in (less, lambda: owner):
+        for make in (lambda: narrowed(owner, inputs), lambda: owner):
             try:
-                module = make()
-                compiled = replace(graph, function=fresh(lambda m=module: _inductor(m, inputs, self.level)))
+                compiled = replace(graph, function=fresh(lambda make=make: _inductor(make(), inputs, self.level)))
                 for batch, right in expected:
                     found = fresh(lambda b=batch, g=compiled: self._taken(lambda c: self._run(g, _tensors(c)), b))
                     if not equal(found, right, SAME_AFTER_FUSION, self.step.size):

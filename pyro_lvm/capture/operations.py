@@ -19,12 +19,9 @@ def writes(target: Any) -> bool:
 
 def is_pointwise(target: Any) -> bool:
     """Whether an operation gives one tensor, each number of it from the numbers at its place, and always the same."""
-    if not isinstance(target, torch._ops.OpOverload) or writes(target):
+    if not _only_computes(target) or torch.Tag.pointwise not in target.tags:
         return False
-    gives_a_tensor = [str(given.type) for given in target._schema.returns] == ["Tensor"]
-    return (
-        gives_a_tensor and torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
-    )
+    return [str(given.type) for given in target._schema.returns] == ["Tensor"]
 
 
 def remove_unused(graph: fx.Graph) -> None:
@@ -33,13 +30,13 @@ def remove_unused(graph: fx.Graph) -> None:
     The method that graphs have for it, `eliminate_dead_code`, takes out both in torch 2.4.
     """
     for node in reversed(graph.nodes):
-        if not node.users and (node.op == "get_attr" or (node.op == "call_function" and _only_computes(node.target))):
+        computes = node.target is operator.getitem or _only_computes(node.target)
+        if not node.users and (node.op == "get_attr" or (node.op == "call_function" and computes)):
             graph.erase_node(node)
 
 
 def _only_computes(target: Any) -> bool:
-    if target is operator.getitem:
-        return True
+    """Whether an operation gives something, always the same, and does nothing else."""
     return (
         isinstance(target, torch._ops.OpOverload)
         and not writes(target)

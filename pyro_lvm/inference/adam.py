@@ -7,7 +7,8 @@ r"""Adam, as torch computes it, without the Python around it.
 One fused kernel does all parameters in a quarter of a millisecond for a small network; the lists that
 ``torch.optim.Adam.step`` gathers for it, and a counter of steps for each parameter, take as long again. Here the lists
 are kept, and there is one counter. The means of a unit that has died decay to denormal numbers and stay there, where
-processors may take many times as long over them; they are set to nought now and then. Source: Kingma and Ba (2015), https://arxiv.org/abs/1412.6980.
+processors may take many times as long over them; they are set to nought now and then.
+Source: Kingma and Ba (2015), https://arxiv.org/abs/1412.6980.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from pyro_lvm.blocks import Blocks
+from pyro_lvm.blocks import Blocks, require_one_array
 from pyro_lvm.data import Rows, as_rows
 from pyro_lvm.errors import ProgramError, ProgramWarning
 from pyro_lvm.evaluation import fresh_seed
@@ -170,9 +170,7 @@ def _steps(program: Program, rows: Rows, hard: bool) -> ExpectationMaximisation:
             f"{program.name} has no closed-form steps: lvm.em is for GaussianMixture, PPCA, FactorAnalysis and "
             "programs with a method expectation_maximisation(data, *, hard). Use lvm.fit"
         )
-    arrays = rows.first(1).tensors()
-    if len(arrays) != 1:
-        raise ValueError(f"x holds {len(arrays)} arrays ({', '.join(arrays)}): EM takes one, of shape (n, D)")
+    require_one_array(rows, "EM takes one, of shape (n, D)")
     steps: ExpectationMaximisation = offered(Blocks(rows), hard=hard)
     return steps
 
