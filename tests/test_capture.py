@@ -318,8 +318,9 @@ def test_partly_labelled_rows_with_strata_and_auxiliary_loss(batch_size):
             assert captured.history[group][site] == pytest.approx(values, rel=1e-10)
 
 
+@pytest.mark.parametrize("batch_size", [10, None])
 @pytest.mark.parametrize("buffered", [True, False])
-def test_a_weight_that_changes_while_training_counts_at_once(buffered):
+def test_a_weight_that_changes_while_training_counts_at_once(buffered, batch_size):
     def warm(program):
         def callback(end):
             program.weight = min(1.0, program.weight + 0.2)
@@ -327,8 +328,9 @@ def test_a_weight_that_changes_while_training_counts_at_once(buffered):
 
         return callback
 
-    eager, _ = agree(lambda: Weighed(buffered), rows(), epochs=6, callbacks=[warm], check=False)
-    constant, _ = fitted("graph", lambda: Weighed(buffered), rows(), epochs=6, check=False)
+    options = {"epochs": 6, "batch_size": batch_size, "check": False}
+    eager, _ = agree(lambda: Weighed(buffered), rows(), callbacks=[warm], **options)
+    constant, _ = fitted("graph", lambda: Weighed(buffered), rows(), **options)
     assert eager.history["loss"][0] == constant.history["loss"][0]
     assert eager.history["loss"][3] != constant.history["loss"][3]  # else nothing has changed at all
 

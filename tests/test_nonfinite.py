@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pyro
 import pyro.distributions as dist
@@ -13,12 +12,10 @@ from small_programs import Normed, data, rows
 from torch import nn
 
 import pyro_lvm as lvm
-from pyro_lvm.capture.step import StepResult
 from pyro_lvm.data import Batch
 from pyro_lvm.inference import guard, nonfinite
 from pyro_lvm.inference.adam import FusedAdam
 from pyro_lvm.inference.buffers import Buffers
-from pyro_lvm.inference.history import HistoryRecorder
 from pyro_lvm.missing import ObservedPart
 from pyro_lvm.structure import trace_structure
 
@@ -263,20 +260,6 @@ def test_where_one_step_after_the_other_is_left_out_the_fit_ends():
         scaled.log_scale.fill_(-400.0)
     with pytest.raises(lvm.NonFiniteError, match=r"step 20 \(the 20th in a row\): .*site 'x'.*put a floor under it"):
         lvm.fit(scaled, rows(20, 2), steps=50, lr=0.1, seed=0, on_nonfinite="skip", check=False)
-
-
-def test_an_epoch_without_a_step_is_nan_and_every_column_is_as_long():
-    history = HistoryRecorder(10)
-    columns = (("loss", ""), ("reconstruction", "x"), ("kl", "z"))
-    for left_out in (1, 1, 3):
-        if left_out == 1 and history.epochs:
-            history.add_step(StepResult(columns, torch.tensor([5.0, -40.0, 10.0], dtype=torch.float64)), 1.0)
-        history.end_epoch({"skipped": left_out})
-    history.flush()
-    assert history.columns["skipped"] == [1, 0, 2]
-    assert [math.isnan(value) for value in history.columns["elbo"]] == [True, False, True]
-    assert history.columns["elbo"][1] == -5.0
-    assert [len(history.columns[group][site]) for group, site in columns[1:]] == [3, 3]
 
 
 class Steep(nn.Module):

@@ -108,6 +108,7 @@ class CapturedStep:
     def __init__(self, step: Step, level: Level, reason: str) -> None:
         self.step, self.level, self.reason = step, level, reason
         self._graphs: dict[Any, _Graph] = {}
+        self._last: tuple[Batch, _Graph, dict[str, Tensor]] | None = None  # where all rows are a batch, it stays
         self._state: dict[str, Any] | None = None
         if level != "eager" and isinstance(step.estimator.elbo, RenyiELBO):
             self._refuse("RenyiELBO reads its bound back to Python in every step")
@@ -116,6 +117,8 @@ class CapturedStep:
         """Take the step on ``batch``; gradients of the loss per datum are left in the parameters."""
         if self.level == "eager":
             return self.step(batch)
+        if self._last is not None and self._last[0] is batch:
+            return self._run(*self._last[1:])
         try:
             tensors = _tensors(batch)
             key = tuple((name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors.items())
@@ -126,18 +129,23 @@ class CapturedStep:
         except Uncapturable as why:
             self._refuse(str(why))
             return self.step(batch)
+        self._last = batch, graph, tensors
         return self._run(graph, tensors)
 
     def program_may_have_changed(self) -> None:
         """Look whether what the graphs have baked in is still so; where it is not, capture again."""
         if self._state is not None and self._python_state() != self._state:
-            self._graphs.clear()
+            self._forget()
             self._state = None
 
     def _refuse(self, why: str) -> None:
         self.level, self.reason = "eager", f"not captured: {why}"
-        self._graphs.clear()
+        self._forget()
         _log.info("%s: %s", self.step.bound.program.name, self.reason)
+
+    def _forget(self) -> None:
+        self._graphs.clear()
+        self._last = None
 
     def _run(self, graph: _Graph, tensors: dict[str, Tensor]) -> StepResult:
         with torch.no_grad():

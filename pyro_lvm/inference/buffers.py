@@ -74,11 +74,15 @@ class Buffers:
         if not self._now:
             return []
         self._steps += 1
+        compare = self._steps == 2
+        woken = []
         for number in self._resting:
             known = self._now[number]
-            if known.changed() or (self._steps == 2 and not torch.equal(known.buffer, known.values)):
-                self._moving.append(number)
-        self._resting = [number for number in self._resting if number not in self._moving]
+            if known.changed() or (compare and not torch.equal(known.buffer, known.values)):
+                woken.append(number)
+        if woken:
+            self._moving += woken
+            self._resting = [number for number in self._resting if number not in woken]
         for number in self._moving:
             known = self._now[number]
             now = known.layer._buffers.get(known.name)

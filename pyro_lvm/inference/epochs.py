@@ -53,9 +53,10 @@ class Order:
             number: of the epoch, from 0.
             skip: how many of its batches are done already, in an epoch that `load_state` knows the start of.
         """
+        draws = self.batch_size is not None or self.rows.loader is not None
         if skip:
             self._load_generators(self._start)
-        else:
+        elif draws:  # else they stand where they stood
             self._start = self._generators()
         rows = self.rows.redrawn(number, self.seed)
         if rows.loader is not None:

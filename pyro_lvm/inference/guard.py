@@ -14,8 +14,7 @@ modes that go on, it is read in every step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,6 +81,7 @@ class Guard:
         self._buffers = Buffers(self.bound.modules)
         self._one = torch.ones((), dtype=torch.float32, device=self._device)  # whatever the default dtype is
         self._sticky = torch.zeros_like(self._one)
+        self._unset = torch.zeros_like(self._one)  # the flag of every step, where it is read in every step
         self._kept: list[_Kept] = []
         self._good: tuple[Snapshot, dict[str, Any]] | None = None
         if mode == "restore":
@@ -94,7 +94,7 @@ class Guard:
             NonFiniteError: if the step could not be taken because of values that are not finite.
         """
         on_cuda = torch.cuda.get_rng_state_all() if self._device.type == "cuda" else []
-        found = torch.zeros_like(self._one)
+        found = torch.zeros_like(self._one) if self._every > 1 else self._unset
         kept = _Kept(number, batch, (torch.get_rng_state(), on_cuda), found, self._buffers.remember())
         self._kept.append(kept)
         try:
@@ -125,7 +125,7 @@ class Guard:
             groups.setdefault(gradient.dtype, []).append(gradient)
         for tensors in groups.values():  # times one: what it is good for here is the flag
             torch._amp_foreach_non_finite_check_and_unscale_(tensors, kept.found, self._one)
-        if self.mode == "raise":
+        if self._every > 1:
             self._sticky = torch.maximum(self._sticky, kept.found)
         return len(self._kept) >= self._every and self.read()
 
@@ -138,11 +138,12 @@ class Guard:
         """
         if not self._kept:
             return False
-        found = torch.stack([kept.found for kept in self._kept]).tolist()
         steps, self._kept = self._kept, []
+        found = torch.stack([kept.found for kept in steps]).tolist() if len(steps) > 1 else [steps[0].found.item()]
         if not any(found):
             self._in_a_row = 0
             return False
+        self._unset = torch.zeros_like(self._one)
         first = steps[found.index(max(found))]
         _put_back(first)
         if self.mode == "skip" and self._in_a_row < IN_A_ROW - 1:
@@ -155,9 +156,8 @@ class Guard:
         before += f" (the {IN_A_ROW}th in a row)" if self.mode == "skip" else ""
         raise NonFiniteError(f"step {first.number + 1}{before}: {reason}")
 
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """While the optimiser steps: at the rate that is left, and masked where the flag has not been read."""
+    def update(self) -> None:
+        """The optimiser's step: at the rate that is left, and masked where the flag has not been read."""
         masked = self._every > 1
         if masked:
             self.optimizer.found_inf = self._sticky  # type: ignore[attr-defined]
@@ -165,7 +165,7 @@ class Guard:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
             group["lr"] = rate * self.rate
         try:
-            yield
+            self.optimizer.step()
         finally:
             for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
                 group["lr"] = rate

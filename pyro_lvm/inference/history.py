@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ class HistoryRecorder:
         self._shares += share
         # graphs may have the parts in another order: each order has its own sum
         before = self._running.get(result.columns)
-        part = result.values * share
+        part = result.values if share == 1.0 else result.values * share
         self._running[result.columns] = part if before is None else before + part
 
     def end_epoch(self, totals: Mapping[str, int] | None = None) -> None:
@@ -52,7 +54,9 @@ class HistoryRecorder:
             counts = self.columns.setdefault(name, [])
             counts.append(total - sum(counts))
         # the last epoch of `steps` may be cut short, and a loader may drop rows: the mean is of what was seen
-        self._pending.append({columns: values / self._shares for columns, values in self._running.items()})
+        whole = self._shares == 1.0
+        means = {columns: values if whole else values / self._shares for columns, values in self._running.items()}
+        self._pending.append(means)
         self.abandon_epoch()
 
     def abandon_epoch(self) -> None:
@@ -86,44 +90,50 @@ class HistoryRecorder:
         Raises:
             NonFiniteError: if a loss was NaN or infinite, naming the epoch and the terms that were.
         """
-        if not self._pending:
-            return
         kept = [values for sums in self._pending for values in sums.values()]
-        numbers = iter(torch.cat(kept).tolist() if kept else [])
-        epochs, self._pending = self._pending, []
-        for sums in epochs:
-            if not sums:
-                self._leave_out()
+        numbers = torch.cat(kept).tolist() if kept else []
+        epochs, self._pending, read = self._pending, [], 0
+        for keys, alike in groupby(epochs, tuple):  # epochs of the same columns are one block of numbers
+            count = len(list(alike))
+            if not keys:
+                self._leave_out(count)
                 continue
-            values: dict[Column, float] = {}
-            for columns in sums:
-                for column in columns:
-                    unit = self.size if column[0] in ("reconstruction", "kl") else 1
-                    values[column] = values.get(column, 0.0) + next(numbers) / unit
-            self._refuse_non_finite(values)
-            parts: Mapping[str, float] = {"reconstruction": 1.0, "kl": -1.0}
-            elbo = sum(parts.get(group, 0.0) * value for (group, _), value in values.items())
-            self.columns["elbo"].append(elbo)
-            for (group, site), value in values.items():
-                if site:
-                    before = [math.nan] * (len(self.columns["elbo"]) - 1)  # epochs without a step
-                    self.columns[group].setdefault(site, before).append(value)
-                else:
-                    self.columns.setdefault(group, []).append(value)
+            names = [column for columns in keys for column in columns]
+            block = np.array(numbers[read : read + count * len(names)]).reshape(count, len(names))
+            read += count * len(names)
+            self._add(names, block)
 
-    def _leave_out(self) -> None:
-        """Note an epoch of which no step was taken."""
+    def _add(self, names: list[Column], block: np.ndarray) -> None:
+        """Add epochs, shape (epochs, numbers), in which a column may have a number for each order of the parts."""
+        values: dict[Column, np.ndarray] = {}
+        for column, numbers in zip(names, block.T, strict=True):
+            part = numbers / self.size if column[0] in ("reconstruction", "kl") else numbers
+            values[column] = values[column] + part if column in values else part
+        finite = np.isfinite(np.stack(list(values.values()))).all(0)
+        count = len(finite) if finite.all() else int(finite.argmin())
+        elbo = np.zeros(count)
+        for (group, site), numbers in values.items():
+            before = [math.nan] * len(self.columns["elbo"]) if site else []  # epochs without a step
+            found = numbers[:count]
+            elbo = elbo + found if group == "reconstruction" else elbo - found if group == "kl" else elbo
+            column = self.columns[group].setdefault(site, before) if site else self.columns.setdefault(group, [])
+            column.extend(found.tolist())
+        self.columns["elbo"].extend(elbo.tolist())
+        if count < len(finite):
+            self._refuse({column: float(numbers[count]) for column, numbers in values.items()})
+
+    def _leave_out(self, count: int) -> None:
+        """Note epochs of which no step was taken."""
         sites = [values for group in ("reconstruction", "kl") for values in self.columns[group].values()]
         named = ("loss", "elbo", "auxiliary_loss")
         for values in [*sites, *(self.columns[name] for name in named if name in self.columns)]:
-            values.append(math.nan)
+            values.extend([math.nan] * count)
 
-    def _refuse_non_finite(self, values: dict[tuple[str, str], float]) -> None:
-        wrong = {
-            f"{group} of {site!r}" if site else group: v for (group, site), v in values.items() if not math.isfinite(v)
-        }
-        if wrong:
-            raise non_finite(len(self.columns["loss"]) + 1, ", ".join(wrong))
+    def _refuse(self, values: Mapping[Column, float]) -> None:
+        wrong = [
+            f"{group} of {site!r}" if site else group for (group, site), v in values.items() if not math.isfinite(v)
+        ]
+        raise non_finite(len(self.columns["loss"]) + 1, ", ".join(wrong))
 
 
 def _sums(items: Any, device: torch.device | None) -> dict[tuple[Column, ...], Tensor]:

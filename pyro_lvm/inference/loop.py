@@ -115,17 +115,17 @@ class Loop:
         )
         readout = 1 if every_epoch else max(1, STEPS_BETWEEN_READOUTS // self.order.steps_per_epoch)
         with Progress(epochs, watch.progress) as bar:
-            for epoch in range(self.epoch, epochs):
+            while self.epoch < epochs:
                 with warnings.catch_warnings():
                     # Pyro warns of each such loss; here the first one read out is an error
                     warnings.filterwarnings("ignore", r"Encountered (NaN|\+?inf)", UserWarning)
-                    self._epoch(epoch, checkpoints)
-                if (epoch + 1) % readout == 0 or epoch + 1 == epochs:
-                    self.read_out()
-                    stop = self._watched(watch, epoch)
-                    bar.show(epoch + 1, self.history.columns)
-                    if stop:
-                        return f"early stopping after {epoch + 1} epochs"
+                    for epoch in range(self.epoch, min(self.epoch - self.epoch % readout + readout, epochs)):
+                        self._epoch(epoch, checkpoints)
+                self.read_out()
+                stop = self._watched(watch, self.epoch - 1)
+                bar.show(self.epoch, self.history.columns)
+                if stop:
+                    return f"early stopping after {self.epoch} epochs"
         return "finished"
 
     def _epoch(self, number: int, checkpoints: Checkpoints | None) -> None:
@@ -141,8 +141,7 @@ class Loop:
             if not left_out:
                 if self.grad_clip_norm is not None:
                     clip_grad_norm_(self.parameters, self.grad_clip_norm)
-                with self.guard.updating():
-                    self.optimizer.step()
+                self.guard.update()
             if self.schedule is not None and not isinstance(self.schedule, ReduceLROnPlateau):
                 self.schedule.step()
             self.steps_done += 1
