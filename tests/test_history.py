@@ -65,3 +65,15 @@ def test_epochs_before_one_that_is_not_finite_are_kept():
         history.flush()
     assert history.columns["kl"]["z"] == [0.1, 0.2]
     assert history.columns["elbo"] == [-4.1, -4.2]
+
+
+def test_what_a_step_tells_may_be_written_over_by_the_next():
+    history = HistoryRecorder(ROWS)
+    buffer = step(ORDER, 5.0, -40.0, 10.0)
+    for number in (1.0, 2.0):
+        buffer.values.copy_(torch.tensor([number, -10.0 * number, 10.0 * number]))
+        history.add_step(buffer, 1.0)
+        history.end_epoch()
+    history.flush()
+    assert history.columns["loss"] == [1.0, 2.0]
+    assert history.columns["elbo"] == [-2.0, -4.0]

@@ -63,7 +63,8 @@ class FusedAdam(torch.optim.Adam):
             self._lists = self._shared(parameters)
         tensors, means, squares, steps = self._lists
         found = getattr(self, "found_inf", None)  # torch's name for a flag on the device that masks the step
-        counter = steps[0].numpy() if steps[0].device.type == "cpu" else steps[0]  # a view: an addition in no time
+        on_cpu = steps[0].device.type == "cpu"
+        counter = steps[0].numpy() if on_cpu else steps[0]  # a view: an addition in no time
         counter += 1
         group = self.param_groups[0]
         fused: Any = torch._fused_adam_
@@ -85,7 +86,7 @@ class FusedAdam(torch.optim.Adam):
         )
         if found is not None:
             steps[0].sub_(found)
-        if steps[0].device.type == "cpu" and int(counter) % STEPS_BETWEEN_CLEANINGS == 0:
+        if on_cpu and int(counter) % STEPS_BETWEEN_CLEANINGS == 0:
             for mean in (*means, *squares):
                 mean.masked_fill_(mean.abs() < torch.finfo(mean.dtype).tiny, 0.0)
         return None

@@ -40,7 +40,7 @@ class HistoryRecorder:
         self._shares += share
         # graphs may have the parts in another order: each order has its own sum
         before = self._running.get(result.columns)
-        part = result.values if share == 1.0 else result.values * share
+        part = result.values * share  # a copy: the next step of a CUDA graph writes over what this one tells
         self._running[result.columns] = part if before is None else before + part
 
     def end_epoch(self, totals: Mapping[str, int] | None = None) -> None:
@@ -91,7 +91,7 @@ class HistoryRecorder:
             NonFiniteError: if a loss was NaN or infinite, naming the epoch and the terms that were.
         """
         kept = [values for sums in self._pending for values in sums.values()]
-        numbers = torch.cat(kept).tolist() if kept else []
+        numbers = torch.cat(kept).cpu().numpy() if kept else np.empty(0)
         epochs, self._pending, read = self._pending, [], 0
         for keys, alike in groupby(epochs, tuple):  # epochs of the same columns are one block of numbers
             count = len(list(alike))
@@ -99,9 +99,9 @@ class HistoryRecorder:
                 self._leave_out(count)
                 continue
             names = [column for columns in keys for column in columns]
-            block = np.array(numbers[read : read + count * len(names)]).reshape(count, len(names))
-            read += count * len(names)
-            self._add(names, block)
+            end = read + count * len(names)
+            self._add(names, numbers[read:end].reshape(count, len(names)))
+            read = end
 
     def _add(self, names: list[Column], block: np.ndarray) -> None:
         """Add epochs, shape (epochs, numbers), in which a column may have a number for each order of the parts."""
@@ -116,8 +116,8 @@ class HistoryRecorder:
             before = [math.nan] * len(self.columns["elbo"]) if site else []  # epochs without a step
             found = numbers[:count]
             elbo = elbo + found if group == "reconstruction" else elbo - found if group == "kl" else elbo
-            column = self.columns[group].setdefault(site, before) if site else self.columns.setdefault(group, [])
-            column.extend(found.tolist())
+            told = self.columns[group].setdefault(site, before) if site else self.columns.setdefault(group, [])
+            told.extend(found.tolist())
         self.columns["elbo"].extend(elbo.tolist())
         if count < len(finite):
             self._refuse({column: float(numbers[count]) for column, numbers in values.items()})
