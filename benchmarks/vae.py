@@ -86,7 +86,7 @@ def of_numpyro(features: int, hidden: int, latent: int) -> Any:
 def comparisons(tiny: bool = False, everything: bool = False) -> Iterator[Comparison]:
     """One for each batch size."""
     sizes = (30, 8, 2) if tiny else (784, 400, 20)
-    steps = 2 if tiny else 20
+    steps = 2 if tiny else 100
     for batch_size in (16,) if tiny else (64, 128, 512):
         x = torch.bernoulli(torch.full((batch_size * steps, sizes[0]), 0.3), generator=torch.Generator().manual_seed(0))
         title = f"VAE {'-'.join(map(str, sizes))}, batch {batch_size}"
