@@ -84,7 +84,7 @@ def of_numpyro(features: int, hidden: int, latent: int) -> Any:
 
 
 def comparisons(tiny: bool = False, everything: bool = False) -> Iterator[Comparison]:
-    """One for each batch size; a burst is an epoch of a hundred steps, so that what is done once an epoch has its share."""
+    """One for each batch size; a burst is an epoch of a hundred steps, so that what ends an epoch has its share."""
     sizes = (30, 8, 2) if tiny else (784, 400, 20)
     steps = 2 if tiny else 100
     for batch_size in (16,) if tiny else (64, 128, 512):
