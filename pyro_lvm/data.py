@@ -28,6 +28,8 @@ class Batch:
         size: rows in the whole data set.
         index: row numbers, shape (batch,); None where a `DataLoader` hides them.
         weight: row weights of a stratified batch, shape (batch,), or None.
+        strata: how many rows of each stratum it holds, which stand together, stratum after stratum; None where
+            they are in any order.
     """
 
     args: tuple[Any, ...]
@@ -35,13 +37,15 @@ class Batch:
     size: int
     index: Tensor | None
     weight: Tensor | None = None
+    strata: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(next(iter((*self.args, *self.kwargs.values()))))
 
     def named(self) -> dict[str, Any]:
         """All keywords of the call: the data's and the batch's own."""
-        return {**self.kwargs, "size": self.size, "index": self.index, "weight": self.weight}
+        own = {"size": self.size, "index": self.index, "weight": self.weight, "strata": self.strata}
+        return {**self.kwargs, **own}
 
     def data(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """The data by position and by name, without the batch's own keywords."""
@@ -84,8 +88,8 @@ class Rows:
     def __len__(self) -> int:
         return self.size
 
-    def take(self, index: Tensor, weight: Tensor | None = None) -> Batch:
-        """The batch of the rows ``index``, shape (batch,)."""
+    def take(self, index: Tensor, weight: Tensor | None = None, strata: tuple[int, ...] | None = None) -> Batch:
+        """The batch of the rows ``index``, shape (batch,); weight and strata as in `Batch`."""
         if self.loader is not None:
             raise ValueError("a DataLoader cannot be asked for rows: pass its dataset, or the arrays themselves")
         if self.dataset is not None:
@@ -93,7 +97,7 @@ class Rows:
         else:
             args = tuple(rows_of(array, index) for array in self.args)
             kwargs = {name: rows_of(array, index) for name, array in self.kwargs.items()}
-        return self._batch(args, kwargs, index, weight)
+        return self._batch(args, kwargs, index, weight, strata)
 
     def reading(self, asked: Iterable[Asked], read: Callable[[Asked], Read]) -> Iterator[Read]:
         """What ``read`` takes of these rows for each of ``asked``; from disk the next are read in the background."""
@@ -155,7 +159,7 @@ class Rows:
 
     def collated(self, item: Any) -> Batch:
         """The batch that ``item`` of a loader is."""
-        return self._batch(*_split(item), None, None)
+        return self._batch(*_split(item))
 
     def first(self, count: int) -> Batch:
         """The first batch: ``count`` rows, or what a loader's first batch holds."""
@@ -245,7 +249,12 @@ class Rows:
         return replace(self, args=args, kwargs=kwargs, size=len(index))
 
     def _batch(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], index: Tensor | None, weight: Tensor | None
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        index: Tensor | None = None,
+        weight: Tensor | None = None,
+        strata: tuple[int, ...] | None = None,
     ) -> Batch:
         place = self._placed
         return Batch(
@@ -254,6 +263,7 @@ class Rows:
             self.size,
             None if index is None else index.to(self.device),
             None if weight is None else place(weight),
+            strata,
         )
 
     def _placed(self, value: Any) -> Any:

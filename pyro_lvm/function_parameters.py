@@ -165,11 +165,13 @@ def bind(function: Callable[..., Any], keywords: frozenset[str], parameters: Fun
         size: int | None = None,
         index: Tensor | None = None,
         weight: Tensor | None = None,
+        strata: tuple[int, ...] | None = None,
         **kwargs: Any,
     ) -> Any:
         # the store is only a place where PyroModules leave their own parameters: it starts and ends empty
         with pyro.get_param_store().scope(empty.copy()), messenger:
-            return function(*args, **kwargs, **batch_arguments(keywords, size, index, weight))
+            named = batch_arguments(keywords, size=size, index=index, weight=weight, strata=strata)
+            return function(*args, **kwargs, **named)
 
     return bound
 

@@ -31,6 +31,7 @@ from torch.distributions import constraints, transform_to
 from pyro_lvm.data import Batch, Rows
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.program import Program
+from pyro_lvm.side_by_side import SideBySide
 
 __all__ = [
     "Missing",
@@ -158,7 +159,13 @@ class _Marginalize(Messenger):
         value = msg["value"]
         takes_part = msg["is_observed"] and isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
         if takes_part and not isinstance(msg["fn"], dist.Delta | dist.Unit):
-            msg["fn"] = ObservedPart(msg["fn"], msg["name"])
+            msg["fn"] = _observed_part(msg["fn"], msg["name"])
+
+
+def _observed_part(fn: Any, name: str) -> TorchDistribution:
+    if isinstance(fn, SideBySide):
+        return SideBySide(ObservedPart(fn.first, name), ObservedPart(fn.rest, name))
+    return ObservedPart(fn, name)
 
 
 @dataclass

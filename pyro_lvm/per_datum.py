@@ -129,7 +129,7 @@ class PerDatumGuide:
         found = {name: site.of_rows(name, rows) for name, site in self.sites.items()}
         if self.shared is not None:
             with _InPlaceOf(found):
-                self.shared(*args, **kwargs, **batch_arguments(self.keywords, size, index, weight))
+                self.shared(*args, **kwargs, **batch_arguments(self.keywords, size=size, index=index, weight=weight))
             return
         with pyro.plate(self.plate.name, self.size, subsample=index, dim=self.plate.dim):
             for name, site in self.sites.items():

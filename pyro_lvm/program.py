@@ -21,8 +21,11 @@ from pyro_lvm.errors import ProgramError
 
 __all__ = ["Program", "as_program"]
 
-ROW_KEYWORDS = ("size", "index", "weight")
+ROW_KEYWORDS = ("size", "index", "weight", "strata")
 """Keywords that describe a batch; each is passed only to callables whose signature names it."""
+
+AGREED = frozenset({"strata"})
+"""Those that both model and guide must name outright: what the one leaves out for it, the other must leave out too."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Program:
         guide: the variational distribution, or None when one has still to be built from the model.
         source: what the user handed over; ``fit.program`` is this object.
         modules: the `torch.nn.Module`s of the pair by the prefix that their parameters get.
-        keywords: which of ``size``, ``index`` and ``weight`` each callable names.
+        keywords: which of ``size``, ``index``, ``weight`` and ``strata`` each callable is passed.
         missing: what it does about missing values in the data; None where they are an error.
     """
 
@@ -136,16 +139,22 @@ def _resolved(source: Any, model: Callable[..., Any], guide: Callable[..., Any] 
             "pyro.infer.autoguide.AutoNormal, or guide='mean_field'"
         )
     of_model = row_keywords(model)
-    of_guide = of_model if guide is None or isinstance(guide, _HANDS_ON) else row_keywords(guide)
-    return Program(model, guide, source, _modules(source, model, guide), {"model": of_model, "guide": of_guide})
+    if guide is None:
+        keywords = {"model": of_model, "guide": of_model}
+    else:
+        of_guide = of_model - AGREED if isinstance(guide, _HANDS_ON) else row_keywords(guide)
+        apart = AGREED - (of_model & of_guide)
+        keywords = {"model": of_model - apart, "guide": of_guide - apart}
+    return Program(model, guide, source, _modules(source, model, guide), keywords)
 
 
 def row_keywords(function: Callable[..., Any]) -> frozenset[str]:
-    """Which of ``size``, ``index`` and ``weight`` a callable takes."""
+    """Which of ``size``, ``index``, ``weight`` and ``strata`` a callable takes."""
     parameters = _signature(function).parameters.values()
+    named = frozenset(parameter.name for parameter in parameters) & frozenset(ROW_KEYWORDS)
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return frozenset(ROW_KEYWORDS)
-    return frozenset(parameter.name for parameter in parameters) & frozenset(ROW_KEYWORDS)
+        return named | frozenset(ROW_KEYWORDS) - AGREED
+    return named
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
@@ -209,11 +218,8 @@ def _callable_name(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def batch_arguments(
-    keywords: frozenset[str], size: int | None, index: Tensor | None, weight: Tensor | None
-) -> dict[str, Any]:
-    """The row keywords that a callable names, with their values for one batch."""
-    values = {"size": size, "index": index, "weight": weight}
+def batch_arguments(keywords: frozenset[str], **values: Any) -> dict[str, Any]:
+    """Of the row keywords with their values for one batch, those that a callable names."""
     return {name: value for name, value in values.items() if name in keywords}
 
 

@@ -66,6 +66,7 @@ def test_every_row_once_in_an_order_of_its_own_each_epoch():
         assert torch.equal(batch.args[0], x[batch.index])
         assert batch.size == 10
         assert batch.weight is None
+        assert batch.strata is None
 
 
 def test_all_rows_at_once_are_read_once():
@@ -125,7 +126,8 @@ def test_stratified_batches_are_unbiased():
         assert sum(share for _, share in batches) == pytest.approx(1)
         for batch, _ in batches:
             assert len(batch) == 12
-            assert int((batch.index < 6).sum()) == 4
+            assert int((batch.index[:4] < 6).sum()) == int((batch.index < 6).sum()) == 4
+            assert batch.strata == (4, 8)
             losses.append(evaluate(batch)[0])
     sample = torch.tensor(losses, dtype=torch.float64)
     error = (sample.std() / len(sample) ** 0.5).item()
@@ -216,6 +218,20 @@ def test_when_strata_are_not_asked_for():
     lone = as_program(Stratified(lambda n, batch: [(torch.arange(n), 1), (torch.arange(0), 5)]))
     assert strata_of(lone, as_rows(x), 5) is None
     assert strata_of(as_program(Stratified(halves)), as_rows(x), 5) is not None
+
+
+def test_an_empty_stratum_keeps_its_place():
+    x = data(20)
+
+    def three(n, batch):
+        return [(torch.arange(4), 2), (torch.arange(0), 3), (torch.arange(4, n), batch - 2)]
+
+    strata = strata_of(as_program(Stratified(three)), as_rows(x), 6)
+    for batch, _ in Order(as_rows(x), 6, strata, seed=0).epoch(0):
+        assert batch.strata == (2, 0, 4)
+        assert len(batch.weight) == len(batch.index) == 6
+        assert bool((batch.index[:2] < 4).all())
+        assert bool((batch.index[2:] >= 4).all())
 
 
 def test_only_what_a_signature_names_is_passed():

@@ -33,6 +33,7 @@ ORDER = (
     "networks",
     "likelihoods",
     "prior_distributions",
+    "side_by_side",
     "program",
     "function_parameters",
     "parameters",

@@ -99,7 +99,21 @@ def test_keywords_are_those_that_a_signature_names():
     assert not program.names("weight")
     assert as_program((with_index, AutoNormal(with_index))).keywords["guide"] == {"index", "size"}
     assert as_program(partial(with_index, index=None)).keywords["model"] == {"index", "size"}
-    assert batch_arguments(frozenset({"size"}), 5, torch.arange(2), None) == {"size": 5}
+
+    def sorted_rows(x, size=None, strata=None):
+        """Counts on the order of the rows."""
+
+    def also(x, strata=None, **kwargs):
+        """Counts on it too, and takes all others."""
+
+    together = as_program((sorted_rows, also)).keywords
+    assert together == {"model": {"size", "strata"}, "guide": {"size", "index", "weight", "strata"}}
+    for other in (anything, with_index, AutoNormal(sorted_rows)):  # what the one leaves out the other would not
+        alone = as_program((sorted_rows, other)).keywords
+        assert alone["model"] == {"size"}
+        assert "strata" not in alone["guide"]
+    assert "strata" not in as_program((anything, sorted_rows)).keywords["guide"]
+    assert batch_arguments(frozenset({"size"}), size=5, index=torch.arange(2)) == {"size": 5}
 
 
 @pytest.mark.parametrize("wrap", [config_enumerate, poutine.scale(scale=1.0), lambda f: poutine.block(f, hide=["q"])])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pyro
 import pytest
 import scipy.special
 import scipy.stats
 import torch
 from oracles import mixture_of_labels_log_evidence
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from torch import nn
 
 import pyro_lvm as lvm
@@ -65,6 +66,132 @@ def test_enumerated_bound_and_gradient_equal_the_sum_by_hand(encoder_sees_label:
             atol=1e-11,
         )
         assert gradient is None or bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("encoder_sees_label", [True, False])
+@pytest.mark.parametrize("particles", [1, 4])
+def test_known_labels_that_stand_first_change_neither_bound_nor_gradient(
+    encoder_sees_label: bool, particles: int
+) -> None:
+    ssvae, x = tiny(encoder_sees_label=encoder_sees_label), rows(5)
+    y, weight = torch.tensor([2, 0, -1, -1, -1]), torch.tensor([0.5, 0.5, 1.5, 1.5, 1.0]).double()
+    elbo = TraceEnum_ELBO(max_plate_nesting=1, num_particles=particles, vectorize_particles=particles > 1)
+    torch.manual_seed(3)
+    loss = elbo.differentiable_loss(ssvae.model, ssvae.guide, x, y, weight=weight, strata=(2, 3))
+    torch.manual_seed(3)
+    left = (particles,) if particles > 1 else ()
+    if not encoder_sees_label:
+        drawn = torch.randn((*left, 5, 1), dtype=torch.float64).expand(3, particles, 5, 1)
+    elif particles == 1:  # one draw for a known label
+        known, unknown = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 1), (3, 3, 1)))
+        drawn = torch.cat([known.expand(3, 2, 1), unknown], 1).unsqueeze(1)
+    else:  # as many as the table has entries, of which the known label's count
+        drawn = torch.cat([torch.randn((3, 4, n, 1), dtype=torch.float64) for n in (2, 3)], 2)
+    bounds = [by_hand(ssvae, x, y, noise) for noise in drawn.unbind(1)]
+    expected = -(weight * torch.stack(bounds).mean(0)).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    parameters = list(ssvae.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
+    for gradient, by_brute_force in zip(found, wanted, strict=True):
+        zero = torch.zeros((), dtype=torch.float64)
+        torch.testing.assert_close(
+            zero if gradient is None else gradient,
+            zero if by_brute_force is None else by_brute_force,
+            rtol=1e-9,
+            atol=1e-11,
+        )
+
+
+def test_what_is_computed_once_for_a_known_label() -> None:
+    """Networks see rows of known labels once each, where the table would show them every label."""
+    seen: dict[str, list[int]] = {}
+
+    def count(name: str) -> object:
+        def hook(module: nn.Module, given: object, output: torch.Tensor) -> None:
+            seen.setdefault(name, []).append(output.shape[:-1].numel())
+
+        return hook
+
+    ssvae, x, y = tiny(), rows(8), torch.tensor([0, 1, 2, 0, 1, -1, -1, -1])
+    ssvae.encoder.network.register_forward_hook(count("encoder"))
+    ssvae.decoder.register_forward_hook(count("decoder"))
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    loss.differentiable_loss(ssvae.model, ssvae.guide, x, y, strata=(5, 3))
+    assert seen == {"encoder": [5, 3 * 3], "decoder": [5, 3 * 3]}
+    seen.clear()
+    loss.differentiable_loss(ssvae.model, ssvae.guide, x, y)
+    assert seen == {"encoder": [3 * 8], "decoder": [3 * 8]}
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        pytest.param(TraceEnum_ELBO(), id="plain"),
+        pytest.param(TraceEnum_ELBO(num_particles=3), id="particles"),
+        pytest.param(TraceEnum_ELBO(num_particles=3, vectorize_particles=True), id="particles at once"),
+        lvm.elbo.Entropy(TraceEnum_ELBO()),
+        lvm.elbo.KLWeighted(TraceEnum_ELBO(), beta=0.5),
+        lvm.elbo.FreeBits(TraceEnum_ELBO(), nats=0.3),
+        lvm.elbo.Capacity(TraceEnum_ELBO(), capacity=0.2, gamma=2.0),
+    ],
+)
+@pytest.mark.parametrize("holes", [False, True])
+def test_every_estimator_takes_known_labels_once(
+    elbo: ELBO | lvm.elbo.Entropy, holes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fits in stratified batches are what they are with the table of all labels, as far as the draws of z are."""
+    x = rows(40)
+    y = torch.where(torch.arange(40) % 4 == 0, torch.arange(40) % 3, -1)
+    if holes:
+        x = torch.where(rows(40, seed=1) < 0.1, torch.nan, x)
+    options = {"elbo": elbo, "batch_size": 8, "steps": 5, "seed": 0, "missing": "marginalize" if holes else None}
+
+    def location(normal: pyro.distributions.Normal, sample_shape: tuple[int, ...] = ()) -> torch.Tensor:
+        return normal.loc.expand((*sample_shape, *normal.batch_shape))
+
+    monkeypatch.setattr(pyro.distributions.Normal, "rsample", location)
+    once = lvm.fit(tiny(), (x, y), **options)
+    table = lvm.fit(Table(tiny()), (x, y), **options)
+    assert once.history["loss"] == pytest.approx(table.history["loss"], rel=1e-10)
+    for name, value in once.params.items():
+        torch.testing.assert_close(value, table.params["inner." + name], rtol=1e-7, atol=1e-9)
+
+
+class Table(nn.Module):
+    """The program without the keyword: every row is computed for every label."""
+
+    def __init__(self, inner: lvm.SemiSupervisedVAE) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def model(self, x=None, y=None, size=None, weight=None):  # type: ignore[no-untyped-def]
+        return self.inner.model(x, y, size, weight)
+
+    def guide(self, x, y=None, size=None, weight=None):  # type: ignore[no-untyped-def]
+        return self.inner.guide(x, y, size, weight)
+
+    def strata(self, *data, batch_size):  # type: ignore[no-untyped-def]
+        return self.inner.strata(*data, batch_size=batch_size)
+
+    def auxiliary_loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.inner.auxiliary_loss(x, y)
+
+
+def test_a_guide_that_does_not_clamp_is_not_taken_to_do_so() -> None:
+    """It does not name the strata, so that the model is not told of them either."""
+    x = rows(30)
+    y = torch.where(torch.arange(30) < 10, torch.arange(30) % 3, -1)
+
+    def fitted(make: type | None) -> lvm.Fit:
+        ssvae = tiny()
+
+        def unclamped(x, y=None, size=None, weight=None):  # type: ignore[no-untyped-def]
+            return ssvae.guide(x, None, size, weight)
+
+        return lvm.fit(make(ssvae) if make else ssvae, (x, y), guide=unclamped, batch_size=9, steps=3, seed=0)
+
+    assert fitted(None).history["loss"] == fitted(Table).history["loss"]
 
 
 def test_labelled_rows_do_not_train_the_classifier_through_the_bound() -> None:
@@ -238,5 +365,8 @@ def test_errors() -> None:
         lvm.SemiSupervisedVAE(4, 3, 2, classifier_weight=-1)
     with pytest.raises(ValueError, match=r"\(20, 4\).*num_features=5"):
         lvm.fit(lvm.SemiSupervisedVAE(5, 3, 2), (x, torch.arange(20) % 3), epochs=1)
+    enumerated = poutine.enum(tiny().guide, first_available_dim=-2)
+    with pytest.raises(ValueError, match=r"strata\[0\]=2 says .* but 2 are, 1 of them among the first 2: sort"):
+        enumerated(x[:4], torch.tensor([1, -1, 0, -1]), strata=(2, 2))
     with pytest.raises(lvm.ProgramError, match=r"y.*TraceEnum_ELBO"):
         lvm.fit(tiny(), (x, torch.arange(20) % 3), elbo=Trace_ELBO(), epochs=1)

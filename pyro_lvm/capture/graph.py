@@ -121,7 +121,8 @@ class CapturedStep:
             return self._run(*self._last[1:])
         try:
             tensors = _tensors(batch)
-            key = tuple((name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors.items())
+            shapes = ((name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors.items())
+            key = (batch.strata, *shapes)
             graph = self._graphs.get(key)
             if graph is None:
                 with left_as_found(self.step.bound.program, self.step.auxiliary_loss):
@@ -301,5 +302,10 @@ def _with(batch: Batch, tensors: dict[str, Tensor]) -> Batch:
 
 
 def _turned(batch: Batch) -> Batch:
-    """The same rows in the opposite order: another batch of the same shapes."""
-    return _with(batch, {name: value.flip(0) for name, value in _tensors(batch).items()})
+    """The same rows in the opposite order, each stratum's within their places: another batch of the same shapes."""
+    counts = [len(batch)] if batch.strata is None else list(batch.strata)
+
+    def turned(value: Tensor) -> Tensor:
+        return torch.cat([part.flip(0) for part in value.split(counts)])
+
+    return _with(batch, {name: turned(value) for name, value in _tensors(batch).items()})

@@ -68,9 +68,11 @@ class Order:
         else:
             plan = islice(self._planned(rows, self.batch_size), skip, None)
 
+            counts = None if self.strata is None else tuple(count for _, count in self.strata)
+
             def read(planned: tuple[Tensor, Tensor | None, float]) -> tuple[Batch, float]:
                 index, weight, share = planned
-                return rows.take(index, weight), share
+                return rows.take(index, weight, counts), share
 
             yield from rows.reading(plan, read)
 
@@ -126,6 +128,7 @@ class Order:
             [
                 torch.full((count,), (len(numbers) / count) / (len(rows) / total), dtype=dtype)
                 for numbers, count in strata
+                if count
             ]
         )
         for _ in range(self.steps_per_epoch):
@@ -154,7 +157,7 @@ def strata_of(program: Program, rows: Rows, batch_size: int | None) -> list[tupl
         return None
     asked = hook(*rows.args, **rows.kwargs, batch_size=batch_size)
     strata: list[tuple[Tensor, int]] = [
-        (torch.as_tensor(numbers).cpu(), int(count)) for numbers, count in asked if len(numbers)
+        (torch.as_tensor(numbers).cpu(), int(count) if len(numbers) else 0) for numbers, count in asked
     ]
     covered = torch.cat([torch.empty(0, dtype=torch.long), *(numbers for numbers, _ in strata)]).sort().values
     if not torch.equal(covered, torch.arange(len(rows))):
@@ -162,9 +165,9 @@ def strata_of(program: Program, rows: Rows, batch_size: int | None) -> list[tupl
             f"strata() must hold each of the {len(rows)} row numbers once; it holds {len(covered)} numbers, "
             f"{len(covered.unique())} of them distinct"
         )
-    if len(strata) == 1:
+    counts = [count for numbers, count in strata if len(numbers)]
+    if len(counts) == 1:
         return None
-    counts = [count for _, count in strata]
     if sum(counts) != batch_size or min(counts) < 1:
         raise ValueError(f"strata() must fill a batch of {batch_size} with at least one row each; it asks for {counts}")
     require_named(program, "weight", "its strata() over-represents some rows, whose weights must scale them back")

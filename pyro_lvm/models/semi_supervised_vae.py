@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -16,6 +16,7 @@ from pyro_lvm.likelihoods import make_likelihood
 from pyro_lvm.models.amortised import DiagonalNormal, evaluating, matching, require_columns
 from pyro_lvm.models.classifier_smoothness import classifier_smoothness
 from pyro_lvm.networks import MLP, LabelledMLP
+from pyro_lvm.side_by_side import SideBySide
 from pyro_lvm.storage.classes import storable
 from pyro_lvm.walk import by_rows
 
@@ -125,28 +126,41 @@ class SemiSupervisedVAE(nn.Module):
         self.decoder = decoder or LabelledMLP(latent_dim, num_classes, tuple(reversed(hidden)), num_outputs)
 
     def model(
-        self, x: Tensor | None = None, y: Tensor | None = None, size: int | None = None, weight: Tensor | None = None
+        self,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        size: int | None = None,
+        weight: Tensor | None = None,
+        strata: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """The generative story; x: rows (batch, D), or None to draw ``size`` rows. The guide clamps known labels."""
+        """The generative story; x: rows (batch, D), or None to draw ``size`` rows. The guide clamps known labels.
+
+        With ``strata`` the first ``strata[0]`` labels are known, and their rows are computed for these alone.
+        """
         require_columns(x, self.num_features)
         with pyro.plate("data", size or len(x), subsample=x), _weighted(weight):  # type: ignore[arg-type]
             label = pyro.sample("y", self.label_prior())
             z = pyro.sample("z", self.prior(), infer={"event_dims": ("latent",)})  # type: ignore[arg-type]
-            decoded = self.likelihood(self.decoder(z, label))
+            decoded = self._by_label(self._decoded, z, label, y, strata)
             return pyro.sample("x", decoded, obs=x, infer={"event_dims": ("feature",)})  # type: ignore[arg-type]
 
     def guide(
-        self, x: Tensor, y: Tensor | None = None, size: int | None = None, weight: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        size: int | None = None,
+        weight: Tensor | None = None,
+        strata: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """q(y | x), clamped where y (batch,) is not -1, then q(z | x, y)."""
+        """q(y | x), clamped where y (batch,) is not -1, then q(z | x, y); strata as in `model`."""
         require_columns(x, self.num_features)
         logits = self.classifier(x)
         if y is not None:
             logits = self._clamped(logits, y)
         with pyro.plate("data", size or len(x), subsample=x), _weighted(weight):
             label = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
-            inputs = (x, label) if self.encoder_sees_label else (x,)
-            return pyro.sample("z", self.encoder(*inputs))
+            encoded = self._by_label(self.encoder, x, label, y, strata) if self.encoder_sees_label else self.encoder(x)
+            return pyro.sample("z", encoded)
 
     def label_prior(self) -> TorchDistribution:
         """p(y): every class alike."""
@@ -202,8 +216,7 @@ class SemiSupervisedVAE(nn.Module):
         """p(x | z, y) for latents z (..., L) and labels y (...)."""
         with evaluating(self):
             z = matching(self, z)
-            decoded: TorchDistribution = self.likelihood(self.decoder(z, torch.as_tensor(y, device=z.device)))
-            return decoded
+            return self._decoded(z, torch.as_tensor(y, device=z.device))
 
     @by_rows()
     def reconstruct(self, x: Any) -> Tensor:
@@ -227,6 +240,33 @@ class SemiSupervisedVAE(nn.Module):
         best = self.classifier(x).argmax(-1)
         return best if given is None else torch.where(given >= 0, given, best)
 
+    def _decoded(self, z: Tensor, y: Tensor) -> TorchDistribution:
+        decoded: TorchDistribution = self.likelihood(self.decoder(z, y))
+        return decoded
+
+    def _by_label(
+        self,
+        density: Callable[[Tensor, Tensor], TorchDistribution],
+        inputs: Tensor,
+        label: Tensor,
+        y: Tensor | None,
+        strata: tuple[int, ...] | None,
+    ) -> TorchDistribution:
+        """``density(inputs, label)`` for enumerated labels; where one is known, which stand first, for it alone.
+
+        A known label has all the probability: what stands in the table at the others is multiplied by nought.
+        """
+        if y is None or strata is None or label.shape[-1] != 1:
+            return density(inputs, label)
+        count = strata[0]
+        if pyro.settings.get("validate_infer"):
+            _require_known(y, count)
+        known, first = y[:count], inputs[..., :count, :]
+        if inputs.dim() > label.dim():  # inputs that differ from label to label: the known label's
+            at = known.reshape(-1, 1).expand(*(1 for _ in label.shape[:-1]), -1, -1)
+            first = first.take_along_dim(at, 0).squeeze(0)
+        return SideBySide(density(first, known), density(inputs[..., count:, :], label))
+
     def _clamped(self, logits: Tensor, y: Tensor) -> Tensor:
         if pyro.settings.get("validate_infer"):
             self._check_labels(y)
@@ -243,6 +283,15 @@ class SemiSupervisedVAE(nn.Module):
                 f"labels y range from {int(y.min())} to {int(y.max())}, but num_classes={self.num_classes} allows "
                 f"{lowest} to {self.num_classes - 1}: renumber them, or raise num_classes"
             )
+
+
+def _require_known(y: Tensor, count: int) -> None:
+    if bool((y[:count] < 0).any()) or bool((y[count:] >= 0).any()):
+        raise ValueError(
+            f"strata[0]={count} says that the first {count} labels y are known and no others, but "
+            f"{int((y >= 0).sum())} are, {int((y[:count] >= 0).sum())} of them among the first {count}: sort the rows, "
+            "or drop strata="
+        )
 
 
 def _weighted(weight: Tensor | None) -> Any:

@@ -78,6 +78,7 @@ def _reversed(batch: Batch) -> Batch:
         args=tuple(turn(value) for value in batch.args),
         kwargs={name: turn(value) for name, value in batch.kwargs.items()},
         index=turn(batch.index),
+        strata=None,
     )
 
 
