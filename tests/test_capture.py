@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_lvm as lvm
-from pyro_lvm.capture.operations import remove_unused
+from pyro_lvm.capture.operations import graph_of, remove_unused
 from pyro_lvm.datasets.binarized import Binarized
 from pyro_lvm.inference import bound
 
@@ -277,6 +277,15 @@ def test_batch_norm_keeps_count():
     assert int(norm.num_batches_tracked) == int(program.encoder[0].num_batches_tracked)
     assert torch.equal(norm.running_mean, program.encoder[0].running_mean)
     assert torch.equal(norm.running_var, program.encoder[0].running_var)
+
+
+def test_a_graph_notes_its_shapes_by_one_maker_of_stand_ins():
+    """A maker for each would take half of a capture's time."""
+    graph = graph_of(lambda x: (x.exp() + 1).sum(0).log(), torch.ones(3, 2))
+    values = [node.meta["val"] for node in graph.graph.nodes if node.op == "call_function"]
+    assert [tuple(value.shape) for value in values] == [(3, 2), (3, 2), (2,), (2,)]
+    assert len({value.fake_mode for value in values}) == 1
+    assert torch.equal(graph(torch.ones(3, 2)), (torch.ones(3, 2).exp() + 1).sum(0).log())
 
 
 def test_what_nobody_uses_is_taken_out_but_neither_writes_nor_draws():

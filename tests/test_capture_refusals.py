@@ -222,29 +222,21 @@ def test_a_number_of_a_graph_meets_numbers_and_tensors_as_pythons_do():
 @pytest.mark.parametrize("wrong", [0, 1, -1], ids=["loss", "first gradient", "last gradient"])
 @pytest.mark.parametrize("program", [Amortised, lambda: (mixture, nothing)], ids=["exact", "enumerated"])
 def test_a_graph_that_gives_something_else_is_refused(monkeypatch, program, wrong):
-    true = graphs.make_fx
+    true = graphs.graph_of
 
-    def planted(*args, **kwargs):
-        traced = true(*args, **kwargs)
+    def planted(function, *example):
+        made = true(function, *example)
+        forward = made.forward
 
-        def spoiled(function):
-            def traced_and_spoiled(*tensors):
-                made = function(*tensors)
-                forward = made.forward
+        def bent(*inputs):
+            out = list(forward(*inputs))
+            out[wrong] = out[wrong] * (1 + 1e-9)
+            return out
 
-                def bent(*inputs):
-                    out = list(forward(*inputs))
-                    out[wrong] = out[wrong] * (1 + 1e-9)
-                    return out
+        made.forward = bent
+        return made
 
-                made.forward = bent
-                return made
-
-            return traced_and_spoiled
-
-        return spoiled(traced)
-
-    monkeypatch.setattr(graphs, "make_fx", planted)
+    monkeypatch.setattr(graphs, "graph_of", planted)
     x = data() if program is not Amortised else rows()
     refused(program, x, "another loss or other gradients than Pyro")
 

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Size, Tensor, fx
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
-from pyro_lvm.capture.operations import is_pointwise, remove_unused, writes
+from pyro_lvm.capture.operations import graph_of, is_pointwise, remove_unused, writes
 
 __all__ = ["narrowed"]
 
@@ -51,16 +50,16 @@ def narrowed(graph: fx.GraphModule, example: Sequence[Tensor]) -> fx.GraphModule
     It cannot where a graph writes into its inputs, or depends on where numbers lie in memory.
 
     Args:
-        graph: operations on tensors, as `make_fx` gives them.
+        graph: operations on tensors, as `graph_of` gives them.
         example: inputs, for which the function is evaluated twice.
     """
     with torch.no_grad():
-        pure = make_fx(functionalize(lambda *inputs: graph(*inputs)))(*example)
+        pure = graph_of(functionalize(lambda *inputs: graph(*inputs)), *example)
         remove_unused(pure.graph)
         if any(writes(node.target) or node.target is aten.as_strided.default for node in pure.graph.nodes):
             return graph
         narrow = _Narrow(pure)
-        found = make_fx(lambda *inputs: narrow.run(*inputs))(*example)
+        found = graph_of(lambda *inputs: narrow.run(*inputs), *example)
     remove_unused(found.graph)
     found.recompile()
     return found if _numbers(found) <= WORTH_A_CHANGE * _numbers(graph) else graph

@@ -18,12 +18,11 @@ from typing import Any, Literal
 import torch
 from pyro.infer import RenyiELBO
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_lvm.capture.agreement import SAME_AFTER_FUSION, SAME_IN_ANOTHER_ORDER_OF_SUMS, equal
 from pyro_lvm.capture.broadcasts import narrowed
 from pyro_lvm.capture.guards import left_as_found, python_state
-from pyro_lvm.capture.operations import remove_unused
+from pyro_lvm.capture.operations import graph_of, remove_unused
 from pyro_lvm.capture.readouts import put_aside
 from pyro_lvm.capture.step import Column, Step, StepResult
 from pyro_lvm.data import Batch
@@ -210,7 +209,7 @@ class CapturedStep:
 
         try:
             with put_aside():
-                graph = make_fx(function)(*_tensors(batch).values(), *state)
+                graph = graph_of(function, *_tensors(batch).values(), *state)
         except Exception as error:  # whatever stands in the way of a graph, Pyro's own step is at hand
             raise Uncapturable(_said(error)) from error
         remove_unused(graph.graph)

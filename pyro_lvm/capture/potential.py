@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_lvm.capture.operations import remove_unused, writes
+from pyro_lvm.capture.operations import graph_of, remove_unused, writes
 from pyro_lvm.declaration import raised_at
 
 __all__ = ["Position", "Potential", "capture_potential"]
@@ -46,7 +45,7 @@ def capture_potential(potential: Potential, positions: Sequence[Position], name:
         return [energy, *gradients.values()]
 
     try:
-        graph = make_fx(function)(*positions[0].values())
+        graph = graph_of(function, *positions[0].values())
         _fold(graph, list(positions[0].values()))
         captured = _in_one_step(graph.forward, names)
         for position in positions:
