@@ -112,8 +112,8 @@ class Declared(NamedTuple):
 class BoundProgram:
     """A program together with the parameters it uses in one fit.
 
-    `model` and `guide` take the data positionally (or by keyword) with ``size``, ``index`` and ``weight``; each
-    reaches only a callable that names it. `pyro.param` statements are answered by this object.
+    `model` and `guide` take the data positionally (or by keyword) with ``size``, ``index``, ``weight`` and
+    ``strata``; each reaches only a callable that names it. `pyro.param` statements are answered by this object.
 
     Attributes:
         first_rows: what a program from a file has still to do with the first data it sees, or None.

@@ -66,7 +66,7 @@ class ScoreFunction(Objective):
     - "rloo": :math:`b_{ik} = \frac{1}{K - 1} \sum_{j \ne k} c_{ij}`, the other draws' mean for the same row (Kool, van
       Hoof and Welling, 2019, https://openreview.net/forum?id=r1lgTGL5DE).
     - "average": a decaying mean of what the earlier steps' costs were, over rows and draws, one for each site.
-    - a module :math:`b_\psi`: called with the data of the batch (not with ``size``, ``index``, ``weight``), it gives a
+    - a module :math:`b_\psi`: called with the data of the batch (not with ``size`` and its like), it gives a
       cost in nats for each row, shape (batch,). It is trained in the same steps by
       :math:`\sum_i (c_i - b_\psi(x_i))^2`, whose gradient reaches nothing but :math:`\psi` (NVIL; Mnih and Gregor,
       2014, https://arxiv.org/abs/1402.0030).

@@ -42,7 +42,8 @@ class SemiSupervisedVAE(nn.Module):
     :math:`\alpha` times the mean of :math:`-\log q(y \mid x)` over labelled data, and :math:`\gamma` times the
     regulariser of `pyro_lvm.models.classifier_smoothness`, which asks q for sure, even labels that do not change
     nearby. Both are optimised and never part of the ELBO. Minibatches are stratified (`strata`): each holds labelled
-    rows, and row weights keep the bound unbiased.
+    rows, and row weights keep the bound unbiased. Encoder and decoder see a labelled row of such a batch once, and the
+    others once for every class.
 
     Sites: ``y`` (plate "data"; enumerated in the guide), ``z`` (plate "data"; event (L,), dimension "latent"), ``x``
     (plate "data"; event (D,), dimension "feature"; observed). Estimator: `TraceEnum_ELBO`.
