@@ -115,7 +115,8 @@ def test_batches_know_their_rows():
     assert torch.equal(torch.cat([batch.index for batch in batches]), torch.arange(10))
     assert all(torch.equal(batch.args[1], batch.index) for batch in batches)
     assert list(batches[0].tensors()) == ["data[0]", "data[1]"]
-    assert batches[0].named().keys() == {"size", "index", "weight"}
+    assert batches[0].named().keys() == {"size", "index", "weight", "strata"}
+    assert as_rows(X).take(torch.arange(4), strata=(1, 3)).named()["strata"] == (1, 3)
     assert list(as_rows({"y": X}).first(2).tensors()) == ["y"]
     assert as_rows(DataLoader(TensorDataset(X), batch_size=4)).first(100).index is None
 

@@ -72,7 +72,7 @@ class SemiSupervisedVAE(nn.Module):
 
     Raises:
         ValueError: if a size is below 1 or ``classifier_weight`` negative; from `model` and `guide`, if x has not D
-            columns or a label is not in -1, ..., C - 1.
+            columns, a label is not in -1, ..., C - 1, or ``strata`` counts one as known that is -1.
 
     Example:
         >>> import torch, pyro_lvm as lvm
@@ -287,11 +287,11 @@ class SemiSupervisedVAE(nn.Module):
 
 
 def _require_known(y: Tensor, count: int) -> None:
-    if bool((y[:count] < 0).any()) or bool((y[count:] >= 0).any()):
+    unknown = int((y[:count] < 0).sum())
+    if unknown:
         raise ValueError(
-            f"strata[0]={count} says that the first {count} labels y are known and no others, but "
-            f"{int((y >= 0).sum())} are, {int((y[:count] >= 0).sum())} of them among the first {count}: sort the rows, "
-            "or drop strata="
+            f"strata[0]={count} says that the first {count} labels y are known, but {unknown} of them are -1: let the "
+            "rows of known labels stand first, or drop strata="
         )
 
 
