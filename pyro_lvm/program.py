@@ -82,6 +82,12 @@ class Program:
 
     def require_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raise `TypeError` unless model and guide take the data ``args`` and ``kwargs``."""
+        taken = [name for name in kwargs if name in ROW_KEYWORDS]
+        if taken:
+            raise TypeError(
+                f"the data have the name {taken[0]!r}, by which a program is told of its batch, as by any of "
+                f"{', '.join(ROW_KEYWORDS)}: give them another name, there and in the signatures of model and guide"
+            )
         for role, function in (("model", self.model), ("guide", self.guide)):
             # an autoguide takes anything and hands it to its model
             if function is None or isinstance(function, _HANDS_ON):

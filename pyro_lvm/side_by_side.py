@@ -63,7 +63,9 @@ class SideBySide(TorchDistribution):
         """Expand the batch shape; to what it is already, as every plate does, leaves first rows that broadcast."""
         if torch.Size(batch_shape) == self.batch_shape:
             return self
-        left = tuple(batch_shape)[:-1]
+        *left, rows = batch_shape
+        if rows != self.batch_shape[-1]:
+            raise ValueError(f"{self.batch_shape[-1]} rows side by side cannot be expanded to {rows}")
         first, rest = (part.expand((*left, part.batch_shape[-1])) for part in (self.first, self.rest))
         return SideBySide(first, rest)
 

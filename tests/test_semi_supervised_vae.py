@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
-import pyro
 import pytest
 import scipy.special
 import scipy.stats
@@ -15,16 +16,32 @@ from torch import nn
 
 import pyro_lvm as lvm
 from pyro_lvm.models.classifier_smoothness import BALANCE, CERTAINTY, RADIUS, classifier_smoothness
+from pyro_lvm.networks import BatchNorm
 
 
-def tiny(num_classes: int = 3, latent_dim: int = 1, **options: object) -> lvm.SemiSupervisedVAE:
+def tiny(
+    kind: type[lvm.SemiSupervisedVAE] = lvm.SemiSupervisedVAE, *, latent_dim: int = 1, **options: object
+) -> lvm.SemiSupervisedVAE:
     torch.manual_seed(0)
     settings = {"likelihood": "normal", "smoothness_weight": 0.0} | options
-    return lvm.SemiSupervisedVAE(4, num_classes, latent_dim, hidden=(6,), **settings).double()  # type: ignore[arg-type]
+    return kind(4, 3, latent_dim, hidden=(6,), **settings).double()  # type: ignore[arg-type]
 
 
 def rows(n: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Joined(nn.Module):
+    """A user's network of data and label."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs + 3, outputs)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        one_hot = nn.functional.one_hot(y, 3).to(x.dtype)
+        shape = torch.broadcast_shapes(x.shape[:-1], one_hot.shape[:-1])
+        return self.linear(torch.cat([x.expand(*shape, -1), one_hot.expand(*shape, -1)], -1))
 
 
 def by_hand(ssvae: lvm.SemiSupervisedVAE, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -73,21 +90,15 @@ def test_enumerated_bound_and_gradient_equal_the_sum_by_hand(encoder_sees_label:
 def test_known_labels_that_stand_first_change_neither_bound_nor_gradient(
     encoder_sees_label: bool, particles: int
 ) -> None:
-    ssvae, x = tiny(encoder_sees_label=encoder_sees_label), rows(5)
+    ssvae, x = tiny(encoder_sees_label=encoder_sees_label, latent_dim=2), rows(5)
     y, weight = torch.tensor([2, 0, -1, -1, -1]), torch.tensor([0.5, 0.5, 1.5, 1.5, 1.0]).double()
     elbo = TraceEnum_ELBO(max_plate_nesting=1, num_particles=particles, vectorize_particles=particles > 1)
     torch.manual_seed(3)
     loss = elbo.differentiable_loss(ssvae.model, ssvae.guide, x, y, weight=weight, strata=(2, 3))
     torch.manual_seed(3)
-    left = (particles,) if particles > 1 else ()
-    if not encoder_sees_label:
-        drawn = torch.randn((*left, 5, 1), dtype=torch.float64).expand(3, particles, 5, 1)
-    elif particles == 1:  # one draw for a known label
-        known, unknown = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 1), (3, 3, 1)))
-        drawn = torch.cat([known.expand(3, 2, 1), unknown], 1).unsqueeze(1)
-    else:  # as many as the table has entries, of which the known label's count
-        drawn = torch.cat([torch.randn((3, 4, n, 1), dtype=torch.float64) for n in (2, 3)], 2)
-    bounds = [by_hand(ssvae, x, y, noise) for noise in drawn.unbind(1)]
+    shape = (*((3,) if encoder_sees_label else ()), *((4,) if particles > 1 else ()), 5, 2)
+    noise = torch.randn(shape, dtype=torch.float64).reshape(-1, particles, 5, 2).expand(3, -1, -1, -1)
+    bounds = [by_hand(ssvae, x, y, drawn) for drawn in noise.unbind(1)]
     expected = -(weight * torch.stack(bounds).mean(0)).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     parameters = list(ssvae.parameters())
@@ -137,25 +148,89 @@ def test_what_is_computed_once_for_a_known_label() -> None:
     ],
 )
 @pytest.mark.parametrize("holes", [False, True])
-def test_every_estimator_takes_known_labels_once(
-    elbo: ELBO | lvm.elbo.Entropy, holes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fits in stratified batches are what they are with the table of all labels, as far as the draws of z are."""
-    x = rows(40)
-    y = torch.where(torch.arange(40) % 4 == 0, torch.arange(40) % 3, -1)
+def test_every_estimator_takes_known_labels_once(elbo: ELBO | lvm.elbo.Entropy, holes: bool) -> None:
+    """Fits in stratified batches are what they are with the table of all labels."""
+    x, y = partly_labelled(40)
     if holes:
         x = torch.where(rows(40, seed=1) < 0.1, torch.nan, x)
     options = {"elbo": elbo, "batch_size": 8, "steps": 5, "seed": 0, "missing": "marginalize" if holes else None}
+    agree(tiny(latent_dim=3), (x, y), **options)
 
-    def location(normal: pyro.distributions.Normal, sample_shape: tuple[int, ...] = ()) -> torch.Tensor:
-        return normal.loc.expand((*sample_shape, *normal.batch_shape))
 
-    monkeypatch.setattr(pyro.distributions.Normal, "rsample", location)
-    once = lvm.fit(tiny(), (x, y), **options)
-    table = lvm.fit(Table(tiny()), (x, y), **options)
+def partly_labelled(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return rows(n), torch.where(torch.arange(n) % 4 == 0, torch.arange(n) % 3, -1)
+
+
+def agree(ssvae: lvm.SemiSupervisedVAE, data: tuple[torch.Tensor, torch.Tensor], **options: object) -> None:
+    """Fit the program, and the same where every row is computed for every label."""
+    table = lvm.fit(Table(copy.deepcopy(ssvae)), data, **options)
+    once = lvm.fit(ssvae, data, **options)
     assert once.history["loss"] == pytest.approx(table.history["loss"], rel=1e-10)
     for name, value in once.params.items():
         torch.testing.assert_close(value, table.params["inner." + name], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("encoder_sees_label", [True, False])
+def test_labels_of_every_integer_type(dtype: torch.dtype, encoder_sees_label: bool) -> None:
+    x, y = partly_labelled(20)
+    options = {"batch_size": 8, "steps": 2, "seed": 0}
+    fits = [lvm.fit(tiny(encoder_sees_label=encoder_sees_label), (x, labels), **options) for labels in (y, y.to(dtype))]
+    assert fits[0].history["loss"] == fits[1].history["loss"]
+
+
+class Normalised(Joined):
+    """A network whose output for a row hangs on the others of its batch."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.norm = BatchNorm(outputs)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.norm(super().forward(x, y))
+
+
+@pytest.mark.parametrize("which", ["encoder", "decoder"])
+def test_networks_that_normalise_their_batch_see_it_whole(which: str) -> None:
+    inputs, outputs = {"encoder": (4, 2), "decoder": (1, 4)}[which]
+    agree(tiny(**{which: Normalised(inputs, outputs)}), partly_labelled(20), batch_size=4, steps=3, seed=0)
+
+
+class ByClass(lvm.SemiSupervisedVAE):
+    """A stratum for every class, the last for rows without a label."""
+
+    def strata(self, x, y, *, batch_size):  # type: ignore[no-untyped-def]
+        numbers = [(y == k).nonzero().squeeze(-1) for k in (0, 1, 2, -1)]
+        return list(zip(numbers, (1, 1, 1, batch_size - sum(len(n) > 0 for n in numbers[:3])), strict=True))
+
+
+class UnknownFirst(lvm.SemiSupervisedVAE):
+    """Rows without a label stand first."""
+
+    def strata(self, x, y, *, batch_size):  # type: ignore[no-untyped-def]
+        return super().strata(x, y, batch_size=batch_size)[::-1]
+
+
+@pytest.mark.parametrize("present", [(0, 1, 2), (1, 2), (0, 2)])
+def test_strata_of_ones_own(present: tuple[int, ...]) -> None:
+    """Other known labels behind those of the first stratum, and a first stratum without rows."""
+    x, y = partly_labelled(40)
+    y = torch.where(torch.isin(y, torch.tensor(present)), y, -1)
+    agree(tiny(ByClass), (x, y), batch_size=8, steps=3, seed=0)
+
+
+@pytest.mark.parametrize("encoder_sees_label", [True, False])
+def test_strata_in_another_order_are_refused_and_train_nothing_unchecked(encoder_sees_label: bool) -> None:
+    data = partly_labelled(40)
+    ssvae = tiny(UnknownFirst, encoder_sees_label=encoder_sees_label)
+    before = copy.deepcopy(ssvae.state_dict())
+    with pytest.raises(ValueError, match=r"the first 6 labels y are known, but 6 of them are -1: let the rows"):
+        lvm.fit(ssvae, data, batch_size=8, steps=3, seed=0)
+    with pytest.raises(lvm.NonFiniteError, match="step 1"):
+        lvm.fit(ssvae, data, batch_size=8, steps=3, seed=0, check=False)
+    for name, value in ssvae.state_dict().items():
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(value, before[name])
 
 
 class Table(nn.Module):
@@ -331,19 +406,6 @@ def test_sampling_by_class_and_decoding() -> None:
     assert trace.nodes["x"]["value"].shape == (6, 4)
 
 
-class Joined(nn.Module):
-    """A user's network of data and label."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs + 3, outputs)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        one_hot = nn.functional.one_hot(y, 3).to(x.dtype)
-        shape = torch.broadcast_shapes(x.shape[:-1], one_hot.shape[:-1])
-        return self.linear(torch.cat([x.expand(*shape, -1), one_hot.expand(*shape, -1)], -1))
-
-
 def test_own_networks() -> None:
     ssvae = tiny(latent_dim=2, classifier=nn.Linear(4, 3), encoder=Joined(4, 4), decoder=Joined(2, 4))
     fit = lvm.fit(ssvae, (rows(20), torch.arange(20) % 3), steps=2, seed=0)
@@ -365,8 +427,5 @@ def test_errors() -> None:
         lvm.SemiSupervisedVAE(4, 3, 2, classifier_weight=-1)
     with pytest.raises(ValueError, match=r"\(20, 4\).*num_features=5"):
         lvm.fit(lvm.SemiSupervisedVAE(5, 3, 2), (x, torch.arange(20) % 3), epochs=1)
-    enumerated = poutine.enum(tiny().guide, first_available_dim=-2)
-    with pytest.raises(ValueError, match=r"strata\[0\]=2 says that the first 2 labels y are known, but 1 of them are"):
-        enumerated(x[:4], torch.tensor([1, -1, 0, -1]), strata=(2, 2))
     with pytest.raises(lvm.ProgramError, match=r"y.*TraceEnum_ELBO"):
         lvm.fit(tiny(), (x, torch.arange(20) % 3), elbo=Trace_ELBO(), epochs=1)

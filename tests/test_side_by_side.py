@@ -86,3 +86,5 @@ def test_what_cannot_stand_side_by_side() -> None:
         SideBySide(normal(2), normal(2, event=3))
     with pytest.raises(ValueError, match=r"batch shapes \(\) and \(2,\).*give both a batch dim"):
         SideBySide(normal(), normal(2))
+    with pytest.raises(ValueError, match="4 rows side by side cannot be expanded to 5"):
+        SideBySide(normal(2), normal(2)).expand((3, 5))

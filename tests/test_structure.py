@@ -95,7 +95,7 @@ def test_no_data_plate():
 def test_without_a_guide_and_without_gradients():
     module = Amortised().double()
     batch = as_rows(rows()).whole()
-    found = trace_structure(lambda x, size, index, weight: module.model(x, size), None, batch)
+    found = trace_structure(lambda x, size, index, weight, strata: module.model(x, size), None, batch)
     assert found.guide == {}
     assert not found.model["x"].fn.mean.requires_grad
     assert list(structure_of((mixture, nothing), rows()[:, 0]).model) == ["component", "x"]

@@ -17,6 +17,7 @@ from pyro_lvm.errors import ProgramError
 from pyro_lvm.evaluation import batch_to_trace
 from pyro_lvm.function_parameters import bind
 from pyro_lvm.guides import is_recipe, make_guide
+from pyro_lvm.inference.epochs import Order, strata_of
 from pyro_lvm.memory import available
 from pyro_lvm.parameters import BoundProgram, Untouched
 from pyro_lvm.per_datum import freed, nothing_to_replace
@@ -208,7 +209,9 @@ def prepare(request: Request, untouched: Untouched, cast: list[str]) -> Prepared
             "them as the program (or register it with pyro.module)"
         )
     if request.check:
-        try_estimator(bound, structure, estimator, first)
+        strata = strata_of(program, rows, request.batch_size)
+        order = Order(rows, request.batch_size, strata, request.seed)
+        try_estimator(bound, structure, estimator, first if strata is None else next(order.epoch(0))[0])
     bound.functions.meet = None
     return Prepared(bound, structure, estimator, _auxiliary(bound, first))
 

@@ -39,7 +39,10 @@ class DiagonalNormal(nn.Module):
 
     def forward(self, *inputs: Tensor) -> TorchDistribution:
         """The Normal, event shape (latent_dim,)."""
-        output = self.network(*inputs)
+        return self.normal(self.network(*inputs))
+
+    def normal(self, output: Tensor) -> TorchDistribution:
+        """The Normal that the network's output stands for."""
         if output.shape[-1] != 2 * self.latent_dim:
             raise ValueError(
                 f"{self.name} gave {output.shape[-1]} numbers per datum, but latent_dim={self.latent_dim} needs "

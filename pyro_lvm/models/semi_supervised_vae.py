@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -142,7 +142,7 @@ class SemiSupervisedVAE(nn.Module):
         with pyro.plate("data", size or len(x), subsample=x), _weighted(weight):  # type: ignore[arg-type]
             label = pyro.sample("y", self.label_prior())
             z = pyro.sample("z", self.prior(), infer={"event_dims": ("latent",)})  # type: ignore[arg-type]
-            decoded = self._by_label(self._decoded, z, label, y, strata)
+            decoded = self._decoded(z, label, y, strata)
             return pyro.sample("x", decoded, obs=x, infer={"event_dims": ("feature",)})  # type: ignore[arg-type]
 
     def guide(
@@ -160,8 +160,7 @@ class SemiSupervisedVAE(nn.Module):
             logits = self._clamped(logits, y)
         with pyro.plate("data", size or len(x), subsample=x), _weighted(weight):
             label = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
-            encoded = self._by_label(self.encoder, x, label, y, strata) if self.encoder_sees_label else self.encoder(x)
-            return pyro.sample("z", encoded)
+            return pyro.sample("z", self._encoded(x, label, y, strata))
 
     def label_prior(self) -> TorchDistribution:
         """p(y): every class alike."""
@@ -217,7 +216,7 @@ class SemiSupervisedVAE(nn.Module):
         """p(x | z, y) for latents z (..., L) and labels y (...)."""
         with evaluating(self):
             z = matching(self, z)
-            return self._decoded(z, torch.as_tensor(y, device=z.device))
+            return self._likelihood_of(z, torch.as_tensor(y, device=z.device))
 
     @by_rows()
     def reconstruct(self, x: Any) -> Tensor:
@@ -241,32 +240,51 @@ class SemiSupervisedVAE(nn.Module):
         best = self.classifier(x).argmax(-1)
         return best if given is None else torch.where(given >= 0, given, best)
 
-    def _decoded(self, z: Tensor, y: Tensor) -> TorchDistribution:
-        decoded: TorchDistribution = self.likelihood(self.decoder(z, y))
-        return decoded
+    def _encoded(self, x: Tensor, label: Tensor, y: Tensor | None, strata: tuple[int, ...] | None) -> TorchDistribution:
+        if not self.encoder_sees_label:
+            return self.encoder(x)  # type: ignore[no-any-return]
+        known = self._known_first(label, y, strata)
+        if known is None:
+            return self.encoder(x, label)  # type: ignore[no-any-return]
+        first = self.encoder.network(*_of_known(x[: len(known)], known))
+        rest = self.encoder.network(x[len(known) :], label)
+        return self.encoder.normal(torch.cat([first.expand(*rest.shape[:-2], -1, -1), rest], -2))
 
-    def _by_label(
-        self,
-        density: Callable[[Tensor, Tensor], TorchDistribution],
-        inputs: Tensor,
-        label: Tensor,
-        y: Tensor | None,
-        strata: tuple[int, ...] | None,
-    ) -> TorchDistribution:
-        """``density(inputs, label)`` for enumerated labels; where one is known, which stand first, for it alone.
-
-        A known label has all the probability: what stands in the table at the others is multiplied by nought.
-        """
-        if y is None or strata is None or label.shape[-1] != 1:
-            return density(inputs, label)
-        count = strata[0]
-        if pyro.settings.get("validate_infer"):
-            _require_known(y, count)
-        known, first = y[:count], inputs[..., :count, :]
-        if inputs.dim() > label.dim():  # inputs that differ from label to label: the known label's
-            at = known.reshape(-1, 1).expand(*(1 for _ in label.shape[:-1]), -1, -1)
+    def _decoded(self, z: Tensor, label: Tensor, y: Tensor | None, strata: tuple[int, ...] | None) -> TorchDistribution:
+        known = self._known_first(label, y, strata)
+        if known is None:
+            return self._likelihood_of(z, label)
+        first, rest = z[..., : len(known), :], z[..., len(known) :, :]
+        if z.dim() > label.dim():  # draws that differ from label to label: the known label's
+            at = known.long().clamp(min=0).reshape(-1, 1).expand(*(1 for _ in label.shape[:-1]), -1, -1)
             first = first.take_along_dim(at, 0).squeeze(0)
-        return SideBySide(density(first, known), density(inputs[..., count:, :], label))
+        return SideBySide(self._likelihood_of(*_of_known(first, known)), self._likelihood_of(rest, label))
+
+    def _known_first(self, label: Tensor, y: Tensor | None, strata: tuple[int, ...] | None) -> Tensor | None:
+        """The known labels, shape (m,), of the rows that stand first, if these are computed for them alone.
+
+        They have all the probability: what stands in the table at other labels is multiplied by nought.
+        """
+        enumerated = label.shape[-1] == 1
+        if y is None or strata is None or not enumerated or not 0 < strata[0] < len(y) or not self._row_by_row():
+            return None
+        known = y[: strata[0]]
+        unknown = int((known < 0).sum()) if pyro.settings.get("validate_infer") else 0
+        if unknown:
+            raise ValueError(
+                f"strata[0]={strata[0]} says that the first {strata[0]} labels y are known, but {unknown} of them are "
+                "-1: let the rows of known labels stand first, or drop strata="
+            )
+        return known
+
+    def _row_by_row(self) -> bool:
+        """Whether no network looks from row to row, as one does that normalises its batch."""
+        modules = (*self.encoder.modules(), *self.decoder.modules())
+        return not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
+
+    def _likelihood_of(self, z: Tensor, label: Tensor) -> TorchDistribution:
+        decoded: TorchDistribution = self.likelihood(self.decoder(z, label))
+        return decoded
 
     def _clamped(self, logits: Tensor, y: Tensor) -> Tensor:
         if pyro.settings.get("validate_infer"):
@@ -286,13 +304,9 @@ class SemiSupervisedVAE(nn.Module):
             )
 
 
-def _require_known(y: Tensor, count: int) -> None:
-    unknown = int((y[:count] < 0).sum())
-    if unknown:
-        raise ValueError(
-            f"strata[0]={count} says that the first {count} labels y are known, but {unknown} of them are -1: let the "
-            "rows of known labels stand first, or drop strata="
-        )
+def _of_known(inputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and labels of rows that are said to be known: where one is not, NaN, so that no step is taken on it."""
+    return torch.where((y < 0).unsqueeze(-1), torch.nan, inputs), y.long().clamp(min=0)
 
 
 def _weighted(weight: Tensor | None) -> Any:
