@@ -28,9 +28,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_lvm as lvm
+from pyro_lvm.capture.graph import CapturedStep
 from pyro_lvm.capture.operations import graph_of, remove_unused
+from pyro_lvm.capture.step import Step
+from pyro_lvm.data import as_rows
 from pyro_lvm.datasets.binarized import Binarized
+from pyro_lvm.elbo.estimator import make_estimator
 from pyro_lvm.inference import bound
+from pyro_lvm.parameters import BoundProgram
+from pyro_lvm.program import as_program
+from pyro_lvm.structure import trace_structure
 
 
 @pytest.fixture(autouse=True)
@@ -284,7 +291,8 @@ def test_a_graph_notes_its_shapes_by_one_maker_of_stand_ins():
     graph = graph_of(lambda x: (x.exp() + 1).sum(0).log(), torch.ones(3, 2))
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "call_function"]
     assert [tuple(value.shape) for value in values] == [(3, 2), (3, 2), (2,), (2,)]
-    assert len({value.fake_mode for value in values}) == 1
+    if int(torch.__version__.split(".")[1]) >= 7:  # 2.7 is the first to ask who makes them
+        assert len({value.fake_mode for value in values}) == 1
     assert torch.equal(graph(torch.ones(3, 2)), (torch.ones(3, 2).exp() + 1).sum(0).log())
 
 
@@ -325,6 +333,25 @@ def test_partly_labelled_rows_with_strata_and_auxiliary_loss(batch_size):
         assert captured.history[group].keys() == eager.history[group].keys()
         for site, values in eager.history[group].items():
             assert captured.history[group][site] == pytest.approx(values, rel=1e-10)
+
+
+def test_batches_of_one_shape_that_are_split_otherwise_have_graphs_of_their_own():
+    torch.manual_seed(0)
+    program = as_program(lvm.SemiSupervisedVAE(5, 3, 2, hidden=(6,)).double())
+    x, y = bits(), labels()
+    data, known, unknown = as_rows((x, y)), (y >= 0).nonzero().squeeze(-1), (y < 0).nonzero().squeeze(-1)
+    bound_program = BoundProgram(program, None, x.dtype)
+    estimator = make_estimator(None, trace_structure(bound_program.model, bound_program.guide, data.whole()))
+    step = Step(bound_program, estimator, None, list(bound_program.trainable().values()), len(x))
+    captured = CapturedStep(step, "graph", "to see")
+    for count in (5, 2):
+        batch = data.take(torch.cat([known[:count], unknown[: 8 - count]]), None, (count, 8 - count))
+        losses = []
+        for take in (captured, step):
+            torch.manual_seed(1)
+            losses.append(take(batch).values)
+        assert captured.level == "graph", captured.reason
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [10, None])

@@ -86,6 +86,15 @@ def test_a_guide_that_cannot_be_called_is_refused():
         as_program(mixture, 5)
 
 
+@pytest.mark.parametrize("name", ["size", "index", "weight", "strata"])
+def test_data_cannot_have_a_name_that_says_what_a_batch_is(name):
+    def model(x, **kwargs):
+        """Takes all."""
+
+    with pytest.raises(TypeError, match=f"the data have the name '{name}', by which .* give them another name"):
+        as_program((model, model)).require_arguments((torch.zeros(2),), {name: torch.zeros(2)})
+
+
 def test_keywords_are_those_that_a_signature_names():
     def with_index(x, index=None, size=None):
         """Names two."""

@@ -19,7 +19,8 @@ def graph_of(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
     """The operations that ``function`` does on tensors like ``example``.
 
     Torch notes shape and strides of every value by a stand-in without numbers. Where it is not told what makes these,
-    it makes a maker for each, stack trace and all, which is half of the time that a capture takes.
+    it makes a maker for each, stack trace and all, which is half of the time that a capture takes. Releases before 2.7
+    do not ask.
     """
     with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
         return make_fx(function)(*example)

@@ -43,7 +43,8 @@ class SemiSupervisedVAE(nn.Module):
     regulariser of `pyro_lvm.models.classifier_smoothness`, which asks q for sure, even labels that do not change
     nearby. Both are optimised and never part of the ELBO. Minibatches are stratified (`strata`): each holds labelled
     rows, and row weights keep the bound unbiased. Encoder and decoder see a labelled row of such a batch once, and the
-    others once for every class.
+    others once for every class, unless one of them normalises its batch; the bound is the same. A subclass with
+    ``strata`` of its own names rows of known labels first.
 
     Sites: ``y`` (plate "data"; enumerated in the guide), ``z`` (plate "data"; event (L,), dimension "latent"), ``x``
     (plate "data"; event (D,), dimension "feature"; observed). Estimator: `TraceEnum_ELBO`.
