@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.timing import Burst, Contender, Skip
 from pyro_lvm.data import as_rows
-from pyro_lvm.inference.epochs import Order, strata_of
+from pyro_lvm.inference.epochs import Order
 from pyro_lvm.inference.loop import Loop, Watch
 from pyro_lvm.inference.optimisation import make_optimizer
 from pyro_lvm.inference.prepare import Request, placed, prepare, resolve
@@ -53,7 +53,7 @@ def make_loop(
     with isolated(0, validate=True):
         rows, held_out, cast = placed(resolved, rows, None, None)
         prepared = prepare(Request(resolved, rows, held_out, recipe, elbo, batch_size, 0, True, False), untouched, cast)
-        order = Order(rows, batch_size, strata_of(resolved, rows, batch_size), 0)
+        order = Order(rows, batch_size, prepared.strata, 0)
         parameters = list(prepared.bound.trainable().values())
         optimizer, schedule, _ = make_optimizer(
             parameters,

@@ -51,6 +51,23 @@ class Batch:
         """The data by position and by name, without the batch's own keywords."""
         return self.args, self.kwargs
 
+    def turned(self) -> Batch:
+        """The same rows in the opposite order, each stratum's within their places."""
+        counts = [len(self)] if self.strata is None else list(self.strata)
+
+        def turn(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return torch.cat([part.flip(0) for part in value.split(counts)])
+
+        return replace(
+            self,
+            args=tuple(turn(value) for value in self.args),
+            kwargs={name: turn(value) for name, value in self.kwargs.items()},
+            index=turn(self.index),
+            weight=turn(self.weight),
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """The data arguments by name; positional ones are called ``data[0]``, ``data[1]``, ..."""
         positional = {_position(i, len(self.args)): value for i, value in enumerate(self.args)}

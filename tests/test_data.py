@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,17 @@ def test_read_only_and_reversed_arrays():
     array.flags.writeable = False
     (taken,), _ = everything(array)
     assert torch.equal(taken, X.flip(0))
+
+
+def test_a_batch_is_turned_within_its_strata():
+    rows = as_rows({"y": torch.arange(5)})
+    weight = torch.arange(5.0)
+    for strata, order in ((None, [4, 3, 2, 1, 0]), ((2, 0, 3), [1, 0, 4, 3, 2])):
+        turned = rows.take(torch.arange(5), weight, strata).turned()
+        assert turned.kwargs["y"].tolist() == turned.index.tolist() == turned.weight.tolist() == order
+        assert turned.strata == strata
+    names = ["a", "b", "c", "d", "e"]  # no tensor stays as it is
+    assert replace(rows.whole(), args=(names,)).turned().args == (names,)
 
 
 def test_batches_know_their_rows():

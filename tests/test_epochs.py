@@ -220,6 +220,17 @@ def test_when_strata_are_not_asked_for():
     assert strata_of(as_program(Stratified(halves)), as_rows(x), 5) is not None
 
 
+def test_a_fit_asks_for_strata_once():
+    asked = []
+
+    def counted(n, batch):
+        asked.append((n, batch))
+        return halves(n, batch)
+
+    lvm.fit(Stratified(counted), data(20), epochs=2, batch_size=6, seed=0)
+    assert asked == [(20, 6)]
+
+
 def test_an_empty_stratum_keeps_its_place():
     x = data(20)
 

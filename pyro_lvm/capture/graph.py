@@ -183,7 +183,7 @@ class CapturedStep:
             if changed:
                 raise Uncapturable(f"the program changes {changed[0]} in every call")
             graph = fresh(lambda: self._traced(batch))
-            turned = _turned(batch)
+            turned = batch.turned()
             whole = fresh(lambda: self._taken(self.step, turned))
             graph = self._compared(graph, fresh, [(batch, once), (turned, whole)])
         finally:
@@ -298,13 +298,3 @@ def _with(batch: Batch, tensors: dict[str, Tensor]) -> Batch:
         index=tensors.get("index"),
         weight=tensors.get("weight"),
     )
-
-
-def _turned(batch: Batch) -> Batch:
-    """The same rows in the opposite order, each stratum's within their places: another batch of the same shapes."""
-    counts = [len(batch)] if batch.strata is None else list(batch.strata)
-
-    def turned(value: Tensor) -> Tensor:
-        return torch.cat([part.flip(0) for part in value.split(counts)])
-
-    return _with(batch, {name: turned(value) for name, value in _tensors(batch).items()})

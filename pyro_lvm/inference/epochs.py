@@ -67,7 +67,6 @@ class Order:
             yield from [(self._full, 1.0)][skip:]
         else:
             plan = islice(self._planned(rows, self.batch_size), skip, None)
-
             counts = None if self.strata is None else tuple(count for _, count in self.strata)
 
             def read(planned: tuple[Tensor, Tensor | None, float]) -> tuple[Batch, float]:

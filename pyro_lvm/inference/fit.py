@@ -29,7 +29,7 @@ from pyro_lvm.inference.alternate import Alternate, alternation, require_alterna
 from pyro_lvm.inference.bound import mean_elbo
 from pyro_lvm.inference.checkpoint import Resume, checkpoints_of, require_same
 from pyro_lvm.inference.early_stopping import EarlyStopping
-from pyro_lvm.inference.epochs import Order, strata_of
+from pyro_lvm.inference.epochs import Order
 from pyro_lvm.inference.guard import OnNonFinite, require_on_nonfinite
 from pyro_lvm.inference.iterations import surroundings
 from pyro_lvm.inference.loop import Loop, Watch
@@ -208,7 +208,7 @@ def fit(
             for doubt in suspicions(prepared.bound, prepared.structure, request.first()) if check else ():
                 warnings.warn(doubt, ProgramWarning, stacklevel=2)
             _require_arrival(stopping, prepared.estimator)
-            order = Order(rows, batch_size, strata_of(resolved, rows, batch_size), ordering)
+            order = Order(rows, batch_size, prepared.strata, ordering)
             total_steps = steps if steps is not None else (epochs or 0) * order.steps_per_epoch
             level = choose_level(capture, total_steps)
             require_cuda_graph(capture, rows.device)

@@ -88,12 +88,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that the loop needs, checked."""
+    """All that the loop needs, checked; strata are those of its batches, as `Order` takes them."""
 
     bound: BoundProgram
     structure: Structure
     estimator: Estimator
     auxiliary_loss: Callable[..., Tensor] | None
+    strata: list[tuple[Tensor, int]] | None
 
 
 def resolve(program: Any, guide: Any) -> tuple[Program, Any]:
@@ -208,12 +209,12 @@ def prepare(request: Request, untouched: Untouched, cast: list[str]) -> Prepared
             f"{program.name} has no parameter to train: declare one with pyro.param, or pass the module that holds "
             "them as the program (or register it with pyro.module)"
         )
+    strata = strata_of(program, rows, request.batch_size)
     if request.check:
-        strata = strata_of(program, rows, request.batch_size)
-        order = Order(rows, request.batch_size, strata, request.seed)
-        try_estimator(bound, structure, estimator, first if strata is None else next(order.epoch(0))[0])
+        tried = first if strata is None else next(Order(rows, request.batch_size, strata, request.seed).epoch(0))[0]
+        try_estimator(bound, structure, estimator, tried)
     bound.functions.meet = None
-    return Prepared(bound, structure, estimator, _auxiliary(bound, first))
+    return Prepared(bound, structure, estimator, _auxiliary(bound, first), strata)
 
 
 def _bind(request: Request, first: Batch, meet: Callable[[nn.Module], None]) -> tuple[BoundProgram, Structure]:

@@ -257,7 +257,7 @@ class SemiSupervisedVAE(nn.Module):
             return self._likelihood_of(z, label)
         first, rest = z[..., : len(known), :], z[..., len(known) :, :]
         if z.dim() > label.dim():  # draws that differ from label to label: the known label's
-            at = known.long().clamp(min=0).reshape(-1, 1).expand(*(1 for _ in label.shape[:-1]), -1, -1)
+            at = known.clamp(min=0).reshape(-1, 1).expand(*(1 for _ in label.shape[:-1]), -1, -1)
             first = first.take_along_dim(at, 0).squeeze(0)
         return SideBySide(self._likelihood_of(*_of_known(first, known)), self._likelihood_of(rest, label))
 
@@ -269,7 +269,7 @@ class SemiSupervisedVAE(nn.Module):
         enumerated = label.shape[-1] == 1
         if y is None or strata is None or not enumerated or not 0 < strata[0] < len(y) or not self._row_by_row():
             return None
-        known = y[: strata[0]]
+        known = y[: strata[0]].long()
         unknown = int((known < 0).sum()) if pyro.settings.get("validate_infer") else 0
         if unknown:
             raise ValueError(
@@ -307,7 +307,7 @@ class SemiSupervisedVAE(nn.Module):
 
 def _of_known(inputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs and labels of rows that are said to be known: where one is not, NaN, so that no step is taken on it."""
-    return torch.where((y < 0).unsqueeze(-1), torch.nan, inputs), y.long().clamp(min=0)
+    return torch.where((y < 0).unsqueeze(-1), torch.nan, inputs), y.clamp(min=0)
 
 
 def _weighted(weight: Tensor | None) -> Any:

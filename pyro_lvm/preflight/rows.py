@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ def _check_observed_rows(bound: BoundProgram, structure: Structure, batch: Batch
     ]
     if not inside or any(site.value.data_ptr() in given for site in inside):
         return
-    turned = _reversed(batch)
+    turned = batch.turned()
     if all(torch.equal(a, b) for a, b in zip(batch.tensors().values(), turned.tensors().values(), strict=True)):
         return
     again = trace_structure(bound.model, None, turned).model
@@ -67,19 +66,6 @@ def _check_observed_rows(bound: BoundProgram, structure: Structure, batch: Batch
             f"{inside[0]} observes the same {len(batch)} values whatever rows the model is given: observe its "
             "argument, obs=x, and not a variable of the surroundings"
         )
-
-
-def _reversed(batch: Batch) -> Batch:
-    def turn(value: Any) -> Any:
-        return value.flip(0) if isinstance(value, Tensor) else value
-
-    return replace(
-        batch,
-        args=tuple(turn(value) for value in batch.args),
-        kwargs={name: turn(value) for name, value in batch.kwargs.items()},
-        index=turn(batch.index),
-        strata=None,
-    )
 
 
 def _check_one_row_fewer(bound: BoundProgram, structure: Structure, batch: Batch) -> None:

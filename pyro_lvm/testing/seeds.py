@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_lvm.capture.graph import choose_level
 from pyro_lvm.errors import NonFiniteError
-from pyro_lvm.inference.epochs import Order, strata_of
+from pyro_lvm.inference.epochs import Order
 from pyro_lvm.inference.loop import Loop, Watch
 from pyro_lvm.inference.optimisation import make_optimizer
 from pyro_lvm.inference.prepare import Prepared
@@ -115,7 +115,7 @@ def _short_fit(prepared: Prepared, rows: Any, seed: int, batch_size: int | None)
     """What `fit` does, without the evaluation at its end, which takes as long as it takes."""
     bound = prepared.bound
     before = {name: state() for name, state in _GENERATORS.items()}
-    order = Order(rows, batch_size, strata_of(bound.program, rows, batch_size), seed)
+    order = Order(rows, batch_size, prepared.strata, seed)
     parameters = list(bound.trainable().values())
     optimizer, schedule, _ = make_optimizer(
         parameters, optimizer=None, scheduler=None, lr=1e-3, total_steps=STEPS, has_network=bound.has_network()
