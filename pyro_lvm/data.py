@@ -53,19 +53,29 @@ class Batch:
 
     def turned(self) -> Batch:
         """The same rows in the opposite order, each stratum's within their places."""
-        counts = [len(self)] if self.strata is None else list(self.strata)
+        return self._with_rows(lambda places: places.flip(0))
 
-        def turn(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return torch.cat([part.flip(0) for part in value.split(counts)])
+    def other(self) -> Batch:
+        """The last half of the rows, the last first and each twice, each stratum's within their places.
+
+        No sum over the rows, and no number of rows of some kind, need be what it is here.
+        """
+        return self._with_rows(lambda places: places.flip(0)[torch.arange(len(places)) // 2])
+
+    def _with_rows(self, order: Callable[[Tensor], Tensor]) -> Batch:
+        """For the places of each stratum, the rows at the places that ``order`` gives."""
+        counts = [len(self)] if self.strata is None else list(self.strata)
+        places = torch.cat([order(part) for part in torch.arange(len(self)).split(counts)])
+
+        def at(value: Any) -> Any:
+            return value[places.to(value.device)] if isinstance(value, Tensor) else value
 
         return replace(
             self,
-            args=tuple(turn(value) for value in self.args),
-            kwargs={name: turn(value) for name, value in self.kwargs.items()},
-            index=turn(self.index),
-            weight=turn(self.weight),
+            args=tuple(at(value) for value in self.args),
+            kwargs={name: at(value) for name, value in self.kwargs.items()},
+            index=at(self.index),
+            weight=at(self.weight),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -23,13 +23,11 @@ from small_programs import (
 )
 from torch import nn
 from torch.distributions import constraints
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_lvm as lvm
 from pyro_lvm.capture.graph import CapturedStep
-from pyro_lvm.capture.operations import graph_of, remove_unused
 from pyro_lvm.capture.step import Step
 from pyro_lvm.data import as_rows
 from pyro_lvm.datasets.binarized import Binarized
@@ -284,30 +282,6 @@ def test_batch_norm_keeps_count():
     assert int(norm.num_batches_tracked) == int(program.encoder[0].num_batches_tracked)
     assert torch.equal(norm.running_mean, program.encoder[0].running_mean)
     assert torch.equal(norm.running_var, program.encoder[0].running_var)
-
-
-def test_a_graph_notes_its_shapes_by_one_maker_of_stand_ins():
-    """A maker for each would take half of a capture's time."""
-    graph = graph_of(lambda x: (x.exp() + 1).sum(0).log(), torch.ones(3, 2))
-    values = [node.meta["val"] for node in graph.graph.nodes if node.op == "call_function"]
-    assert [tuple(value.shape) for value in values] == [(3, 2), (3, 2), (2,), (2,)]
-    if int(torch.__version__.split(".")[1]) >= 7:  # 2.7 is the first to ask who makes them
-        assert len({value.fake_mode for value in values}) == 1
-    assert torch.equal(graph(torch.ones(3, 2)), (torch.ones(3, 2).exp() + 1).sum(0).log())
-
-
-def test_what_nobody_uses_is_taken_out_but_neither_writes_nor_draws():
-    def function(count, x):
-        count.add_(1)
-        torch.empty_like(x).normal_()
-        torch.bernoulli(x)
-        x.exp().unbind()[0].log()
-        return x * 2
-
-    graph = make_fx(function)(torch.zeros(()), torch.full((3,), 0.5))
-    remove_unused(graph.graph)
-    names = [node.target.overloadpacket.__name__ for node in graph.graph.nodes if node.op == "call_function"]
-    assert names == ["add_", "empty_like", "normal_", "bernoulli", "mul"]
 
 
 SEMI_SUPERVISED_ROUNDING = 1e-12

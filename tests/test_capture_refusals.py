@@ -86,6 +86,18 @@ def by_branch(module, x):
     return 2.0
 
 
+def by_list(module, x):
+    return 1.0 + sum(value > 0 for value in x[:, 0].tolist())
+
+
+def by_number_of_rows(module, x):
+    return 1.0 + len(x[x[:, 0] > 0])
+
+
+def by_array_of_a_parameter(module, x):
+    return 1.0 + float(module.log_scale.detach().numpy().sum())
+
+
 def by_python(module, x):
     return 1.0 + random.random()
 
@@ -127,6 +139,10 @@ REFUSED = {
     "branch": (lambda: Reading(by_branch), rows(), DECIDES, {}),
     "line of item": (lambda: Reading(by_item), rows(), line_of(by_item), {}),
     "line of branch": (lambda: Reading(by_branch), rows(), line_of(by_branch), {}),
+    "list": (lambda: Reading(by_list), rows(), DECIDES, {}),
+    "number of rows": (lambda: Reading(by_number_of_rows), rows(), "a tensor's value decides a shape", {}),
+    "line of number": (lambda: Reading(by_number_of_rows), rows(), line_of(by_number_of_rows), {}),
+    "array of a parameter": (lambda: Reading(by_array_of_a_parameter), rows(), DECIDES, {}),
     "python's random": (lambda: Reading(by_python), rows(), "source of change of its own", {}),
     "numpy's random": (lambda: Reading(by_numpy), rows(), "source of change of its own", {}),
     "count": (lambda: Reading(by_count), rows(), "calls in every call", {}),
@@ -241,6 +257,18 @@ def test_a_graph_that_gives_something_else_is_refused(monkeypatch, program, wron
     refused(program, x, "another loss or other gradients than Pyro")
 
 
+def test_a_graph_that_cannot_be_run_is_refused(monkeypatch):
+    true = graphs.graph_of
+
+    def planted(function, *example):
+        made = true(function, *example)
+        made.forward = lambda *inputs: torch.ones(3) + torch.ones(2)
+        return made
+
+    monkeypatch.setattr(graphs, "graph_of", planted)
+    refused(Amortised, rows(), "the graph cannot be run: The size of tensor a (3) must match")
+
+
 def test_a_gradient_that_the_graph_leaves_out_is_refused(monkeypatch):
     true = graphs.CapturedStep._run
 
@@ -253,16 +281,25 @@ def test_a_gradient_that_the_graph_leaves_out_is_refused(monkeypatch):
     refused(Amortised, rows(), "another loss or other gradients than Pyro")
 
 
-def test_a_constant_of_the_first_batch_is_noticed():
-    """What the graph baked in from one batch shows on the same rows in another order."""
+def by_sum_unseen(module, x):
+    return torch.Tensor([x.sum()]).to(x.dtype)  # torch tells nobody that this maker reads a tensor
 
-    class Remembering(Amortised):
-        def guide(self, x, size=None):
-            first = torch.as_tensor(x.detach().numpy()[0, 0]) if type(x) is torch.Tensor else None
-            shift = torch.zeros(()) if first is None else first
-            super().guide(x + shift.to(x.dtype), size)
 
-    refused(Remembering, rows(), "another loss or other gradients than Pyro")
+def by_parameter_unseen(module, x):
+    return torch.Tensor([module.encoder.weight.detach()[0, 0]]).to(x.dtype)
+
+
+@pytest.mark.parametrize("read", [by_sum_unseen, by_parameter_unseen])
+def test_a_constant_of_the_first_step_is_noticed(read):
+    """What the graph baked in shows on other rows, whatever their order, and at other parameters."""
+    refused(lambda: Reading(read), rows(), "another loss or other gradients than Pyro")
+
+
+def test_a_step_that_cannot_be_compared_on_other_rows_is_refused():
+    def by_covariance(module, x):  # singular where a row is there twice
+        return torch.linalg.cholesky((-torch.cdist(x, x)).exp()).new_ones(())
+
+    refused(lambda: Reading(by_covariance), rows(), "no step for comparison on other rows: linalg.cholesky")
 
 
 LEVELS = [

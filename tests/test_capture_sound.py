@@ -14,10 +14,11 @@ NOT_CAPTURED = {
     "bayesian_layer_of_a_lone_module",
     "bayesian_layer_with_an_autoguide",
     "data_plate_that_is_walked",
+    "density_of_a_flow",
     "fairness_of_a_coin_in_a_loop",
     "topics_by_a_network",
 }
-"""Each reads a tensor's value in Python; a plate that is walked does so too."""
+"""Each reads a tensor's value in Python; a plate that is walked does so too, and a spline of Pyro's chooses rows."""
 
 SUMMED_OUT = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Relative to the largest: what is enumerated is summed in an order of the graph's own."""

@@ -113,10 +113,13 @@ def test_read_only_and_reversed_arrays():
 def test_a_batch_is_turned_within_its_strata():
     rows = as_rows({"y": torch.arange(5)})
     weight = torch.arange(5.0)
-    for strata, order in ((None, [4, 3, 2, 1, 0]), ((2, 0, 3), [1, 0, 4, 3, 2])):
+    cases = ((None, [4, 3, 2, 1, 0], [4, 4, 3, 3, 2]), ((2, 0, 3), [1, 0, 4, 3, 2], [1, 1, 4, 4, 3]))
+    for strata, order, others in cases:
         turned = rows.take(torch.arange(5), weight, strata).turned()
         assert turned.kwargs["y"].tolist() == turned.index.tolist() == turned.weight.tolist() == order
         assert turned.strata == strata
+        other = rows.take(torch.arange(5), weight, strata).other()
+        assert other.kwargs["y"].tolist() == other.index.tolist() == other.weight.tolist() == others
     names = ["a", "b", "c", "d", "e"]  # no tensor stays as it is
     assert replace(rows.whole(), args=(names,)).turned().args == (names,)
 

@@ -489,7 +489,7 @@ def test_what_cannot_be_captured_goes_through_pyro():
             pyro.sample("x", dist.Normal(loc + shift, 1.0), obs=x)
 
     chains = tolerant(model, X)
-    assert chains.info["potential"].startswith("not captured: a latent's value decides what happens next")
+    assert chains.info["potential"].startswith("not captured: a tensor's value decides what happens next")
     assert within(chains.draws["loc"], X.sum().item() / (1 + len(X)), 5.0)
 
 

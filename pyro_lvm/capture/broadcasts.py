@@ -22,7 +22,8 @@ from torch import Size, Tensor, fx
 from torch.func import functionalize
 from torch.utils._pytree import tree_map
 
-from pyro_lvm.capture.operations import graph_of, is_pointwise, remove_unused, writes
+from pyro_lvm.capture.operations import is_pointwise, writes
+from pyro_lvm.capture.recorder import graph_of
 
 __all__ = ["narrowed"]
 
@@ -55,20 +56,17 @@ def narrowed(graph: fx.GraphModule, example: Sequence[Tensor]) -> fx.GraphModule
     """
     with torch.no_grad():
         pure = graph_of(functionalize(lambda *inputs: graph(*inputs)), *example)
-        remove_unused(pure.graph)
         if any(writes(node.target) or node.target is aten.as_strided.default for node in pure.graph.nodes):
             return graph
         narrow = _Narrow(pure)
         found = graph_of(lambda *inputs: narrow.run(*inputs), *example)
-    remove_unused(found.graph)
-    found.recompile()
     return found if _numbers(found) <= WORTH_A_CHANGE * _numbers(graph) else graph
 
 
 def _numbers(graph: fx.GraphModule) -> int:
     """How many numbers its operations compute; views compute none."""
-    values = [n.meta.get("val") for n in graph.graph.nodes if not getattr(n.target, "is_view", n.op != "call_function")]
-    return sum(value.numel() for value in values if isinstance(value, Tensor))
+    nodes = (n for n in graph.graph.nodes if not getattr(n.target, "is_view", n.op != "call_function"))
+    return sum(node.meta["shape"].numel() for node in nodes if "shape" in node.meta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,13 +137,13 @@ class _Narrow(fx.Interpreter):
         if is_pointwise(target) or target in _COPIES:
             return _pointwise(target, *args, **kwargs)
         if target in _ORDERS:
-            return _Value(target(args[0].core, *args[1:]), self.node.meta["val"].shape)
+            return _Value(target(args[0].core, *args[1:]), self.node.meta["shape"])
         if target in _VIEWS:
-            return _viewed(args[0], self.node.meta["val"].shape)
+            return _viewed(args[0], self.node.meta["shape"])
         if target is aten.expand.default:
-            return _expanded(args[0], self.node.meta["val"].shape)
+            return _expanded(args[0], self.node.meta["shape"])
         if target is aten.max.dim and args[0].is_spread and all(user.args[1] == 0 for user in self.node.users):
-            return (_Value(args[0].core.amax(*args[1:]), self.node.meta["val"][0].shape),)
+            return (_Value(args[0].core.amax(*args[1:]), next(iter(self.node.users)).meta["shape"]),)
         found = _RULES[target](*args) if target in _RULES and not kwargs else None
         return tree_map(_value, target(*tree_map(_whole, args), **tree_map(_whole, kwargs))) if found is None else found
 

@@ -1,9 +1,9 @@
 """Capture: one step, taken once through Pyro, becomes a graph of plain tensor operations that every later step runs.
 
 What is captured is checked before it is used. On the first batch of every shape Pyro takes the step twice and the graph
-takes it once, under one seed; and once more each on the same rows in another order. Where losses, parts of the bound or
-gradients differ, where the program draws from a generator that torch does not seed, keeps a count of its calls, or asks
-for the value of a tensor, every step goes through Pyro as before, and `CapturedStep.reason` says why.
+takes it once, under one seed; and once more each on other rows, at other parameters. Where losses, parts of the bound
+or gradients differ, where the program draws from a generator that torch does not seed, keeps a count of its calls, or
+asks for the value of a tensor, every step goes through Pyro as before, and `CapturedStep.reason` says why.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor, fx
 from pyro_lvm.capture.agreement import SAME_AFTER_FUSION, SAME_IN_ANOTHER_ORDER_OF_SUMS, equal
 from pyro_lvm.capture.broadcasts import narrowed
 from pyro_lvm.capture.guards import left_as_found, python_state
-from pyro_lvm.capture.operations import graph_of, remove_unused
 from pyro_lvm.capture.readouts import put_aside
+from pyro_lvm.capture.recorder import graph_of
 from pyro_lvm.capture.step import Column, Step, StepResult
 from pyro_lvm.data import Batch
 from pyro_lvm.declaration import raised_at
@@ -44,6 +44,12 @@ OPERATIONS_THAT_COMPILE_SOON = 1_500
 
 ASKED = "capture="
 """How the reason for a level begins that was asked for."""
+
+A_STEP_AWAY = 1 + 2**-10
+"""What parameters are multiplied by for a comparison elsewhere than where they were captured."""
+
+_Expected = tuple[Batch, bool, list[Tensor | None]]
+"""A batch, whether the parameters are to be elsewhere, and what Pyro gives there."""
 
 _log = logging.getLogger("pyro_lvm")
 
@@ -165,8 +171,12 @@ class CapturedStep:
         own = [(tensor, tensor.detach().clone()) for tensor in self.step.estimator.tensors()]
         before = self._python_state()
 
-        def fresh(function: Callable[[], Any]) -> Any:
+        def fresh(function: Callable[[], Any], elsewhere: bool = False) -> Any:
             try:
+                if elsewhere:
+                    with torch.no_grad():
+                        for parameter in self.step.parameters:
+                            parameter.mul_(A_STEP_AWAY)
                 with isolated(0, validate=False):
                     return function()
             finally:
@@ -183,9 +193,12 @@ class CapturedStep:
             if changed:
                 raise Uncapturable(f"the program changes {changed[0]} in every call")
             graph = fresh(lambda: self._traced(batch))
-            turned = batch.turned()
-            whole = fresh(lambda: self._taken(self.step, turned))
-            graph = self._compared(graph, fresh, [(batch, once), (turned, whole)])
+            other = batch.other()
+            try:
+                away = fresh(lambda: self._taken(self.step, other), elsewhere=True)
+            except Exception as error:  # rows that are there twice, or parameters a thousandth larger, are too much
+                raise Uncapturable(f"no step for comparison on other rows: {_first_line(error)}") from error
+            graph = self._compared(graph, fresh, [(batch, False, once), (other, True, away)])
         finally:
             for parameter in self.step.parameters:
                 parameter.grad = None
@@ -212,15 +225,16 @@ class CapturedStep:
                 graph = graph_of(function, *_tensors(batch).values(), *state)
         except Exception as error:  # whatever stands in the way of a graph, Pyro's own step is at hand
             raise Uncapturable(_said(error)) from error
-        remove_unused(graph.graph)
-        graph.recompile()
         return _Graph(graph.forward, state, told["columns"], told["has"])
 
-    def _compared(self, graph: _Graph, fresh: Any, expected: list[tuple[Batch, list[Tensor | None]]]) -> _Graph:
+    def _compared(self, graph: _Graph, fresh: Any, expected: list[_Expected]) -> _Graph:
         """The graph at its level, once it gives what Pyro gave."""
         tolerance = SAME_IN_ANOTHER_ORDER_OF_SUMS if self.step.estimator.enumerates else None
-        for batch, right in expected:
-            found = fresh(lambda b=batch: self._taken(lambda c: self._run(graph, _tensors(c)), b))
+        for batch, elsewhere, right in expected:
+            try:
+                found = fresh(lambda b=batch: self._taken(lambda c: self._run(graph, _tensors(c)), b), elsewhere)
+            except Exception as error:
+                raise Uncapturable(f"the graph cannot be run: {_first_line(error)}") from error
             if not equal(found, right, tolerance, self.step.size):
                 raise Uncapturable("the graph gives another loss or other gradients than Pyro")
         if self.level == "graph":
@@ -231,7 +245,7 @@ class CapturedStep:
             return graph
         return self._compiled(graph, fresh, expected)
 
-    def _compiled(self, graph: _Graph, fresh: Any, expected: list[tuple[Batch, list[Tensor | None]]]) -> _Graph:
+    def _compiled(self, graph: _Graph, fresh: Any, expected: list[_Expected]) -> _Graph:
         """The graph, narrowed and compiled; compiled as it is, or left as it is, where that does not give the same."""
         owner, inputs = _owner(graph.function), (*_tensors(expected[0][0]).values(), *graph.state)
 
@@ -239,8 +253,9 @@ class CapturedStep:
         for make in (lambda: narrowed(owner, inputs), lambda: owner):
             try:
                 compiled = replace(graph, function=fresh(lambda make=make: _inductor(make(), inputs, self.level)))
-                for batch, right in expected:
-                    found = fresh(lambda b=batch, g=compiled: self._taken(lambda c: self._run(g, _tensors(c)), b))
+                for batch, elsewhere, right in expected:
+                    run = lambda b=batch, g=compiled: self._taken(lambda c: self._run(g, _tensors(c)), b)  # noqa: E731
+                    found = fresh(run, elsewhere)
                     if not equal(found, right, SAME_AFTER_FUSION, self.step.size):
                         raise Uncapturable("the compiled graph gives another loss or other gradients than Pyro")
                 return compiled
@@ -271,10 +286,7 @@ def _owner(forward: Any) -> Any:
 def _said(error: Exception) -> str:
     """What stands in the way of a graph, and the line of the program where it stands."""
     where = raised_at(error)
-    text = _first_line(error)
-    if "value out of a tracing tensor" in text:
-        text = "a tensor's value decides what happens next, or leaves the graph (.item(), if, bool)"
-    return text + (f", at {where}" if where else "")
+    return _first_line(error) + (f", at {where}" if where else "")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,29 +1,14 @@
-"""The graph of a function's operations, and what torch tells of each."""
+"""What torch tells of the operations in a graph."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import fx
 
-__all__ = ["graph_of", "is_pointwise", "remove_unused", "writes"]
-
-
-def graph_of(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
-    """The operations that ``function`` does on tensors like ``example``.
-
-    Torch notes shape and strides of every value by a stand-in without numbers. Where it is not told what makes these,
-    it makes a maker for each, stack trace and all, which is half of the time that a capture takes. Releases before 2.7
-    do not ask.
-    """
-    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
-        return make_fx(function)(*example)
+__all__ = ["is_pointwise", "remove_unused", "writes"]
 
 
 def writes(target: Any) -> bool:

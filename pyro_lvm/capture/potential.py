@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_lvm.capture.operations import graph_of, remove_unused, writes
+from pyro_lvm.capture.operations import remove_unused, writes
+from pyro_lvm.capture.recorder import graph_of
 from pyro_lvm.declaration import raised_at
 
 __all__ = ["Position", "Potential", "capture_potential"]
@@ -55,8 +56,6 @@ def capture_potential(potential: Potential, positions: Sequence[Position], name:
                 return potential, _said(name, "the graph gives another potential or other gradients than Pyro")
     except Exception as error:  # whatever stands in the way of a graph, Pyro's own potential is at hand
         text = (str(error).splitlines() or [type(error).__name__])[0]
-        if "value out of a tracing tensor" in text:
-            text = "a latent's value decides what happens next, or leaves the graph (.item(), if, bool)"
         where = raised_at(error)
         return potential, _said(name, text + (f", at {where}" if where else ""))
     return captured, "graph"

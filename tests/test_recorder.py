@@ -1,0 +1,206 @@
+"""Recorded graphs give what the function gives, and refuse what would be the first call's for ever."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_lvm.capture.recorder import Unrecordable, graph_of
+
+X = torch.tensor([[1.0, -2.0], [3.0, -4.0], [-5.0, 6.0]])
+OTHER = torch.tensor([[-1.5, 2.5], [0.5, 3.5], [4.5, -0.5]])
+OUTSIDE = torch.tensor([0.5, -0.5])
+
+
+def with_gradient(x):
+    free = x.detach().requires_grad_()
+    with torch.enable_grad():
+        energy = (free.softmax(-1) @ OUTSIDE).logsumexp(0) + torch.special.digamma(free.exp()).sum()
+        return [energy.detach(), *torch.autograd.grad(energy, free)]
+
+
+def written(x):
+    sums = torch.zeros(2)
+    row = sums[0]
+    sums.add_(x.sum(0))
+    start = torch.tensor(1.0)
+    start += x[0, 0]
+    return [sums, row, start, x.clone().clamp_(min=0.0)]
+
+
+def in_lists(x):
+    first, *_, last = x.unbind()
+    values, places = x.max(0)
+    return [first + last, values, places, torch.cat(x.split(2)), x.unbind()[1]]
+
+
+def drawn(x):
+    return [torch.normal(x, 1.0), torch.rand_like(x), torch.bernoulli(x.sigmoid()), torch.empty(3).exponential_()]
+
+
+def of_shapes_only(x):
+    return [torch.zeros(len(x)) + torch.arange(len(x)).sum().item() + sum(torch.ones(3).tolist()) + x[:, 0]]
+
+
+@pytest.mark.parametrize("function", [with_gradient, written, in_lists, drawn, of_shapes_only])
+def test_a_graph_gives_what_the_function_gives_to_the_bit(function):
+    graph = graph_of(function, X.clone())
+    for x in (X, OTHER, OTHER):  # twice: nothing is left over from a call
+        torch.manual_seed(3)
+        right = function(x)
+        torch.manual_seed(3)
+        found = graph(x)
+        assert len(found) == len(right)
+        assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+def test_a_graph_knows_the_shape_of_every_result():
+    graph = graph_of(lambda x: (x.max(0)[0] + 1).exp(), X)
+    shapes = [tuple(node.meta["shape"]) for node in graph.graph.nodes if "shape" in node.meta]
+    assert shapes == [(3, 2), (2,), (2,), (2,)]  # the input, the first of max, the sum, its exponential
+
+
+def test_what_nobody_uses_is_taken_out_but_neither_writes_nor_draws():
+    def function(count, x):
+        count.add_(1)
+        torch.empty_like(x).normal_()
+        torch.bernoulli(x)
+        x.exp().unbind()[0].log()
+        return x * 2
+
+    graph = graph_of(function, torch.zeros(()), torch.full((3,), 0.5))
+    names = [node.target.overloadpacket.__name__ for node in graph.graph.nodes if node.op == "call_function"]
+    assert names == ["add_", "empty_like", "normal_", "bernoulli", "mul"]
+
+
+VALUES = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: 1 if x.sum() > 0 else 2,
+    "float": lambda x: float(x[0, 0]),
+    "index": lambda x: [1, 2][(x[0, 0] > 0).long()],
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "forced numpy": lambda x: x.numpy(force=True),
+    "np.asarray": lambda x: np.asarray(x),
+    "np.array of a list": lambda x: np.array(list(x)),
+    "dlpack": lambda x: np.from_dlpack(x),
+    "repr": lambda x: repr(x),
+    "format": lambda x: f"{x[0, 0]:.2f}",
+    "deepcopy": lambda x: copy.deepcopy(x),
+    "torch.tensor": lambda x: torch.tensor([x.sum(), 1.0]),
+    "torch.tensor, nested": lambda x: torch.tensor([[x.sum(), 1.0]]),
+    "torch.tensor by name": lambda x: torch.tensor(data=[x.sum(), 1.0]),
+    "as_tensor": lambda x: torch.as_tensor([x.sum(), 1.0]),
+    "asarray": lambda x: torch.asarray([x.sum(), 1.0]),
+    "new_tensor": lambda x: x.new_tensor([x.sum(), 1.0]),
+    "full": lambda x: torch.full((2,), x.sum()),
+    "equal": lambda x: torch.equal(x, x.abs()),
+    "allclose": lambda x: torch.allclose(x, x.abs()),
+    "draws": lambda x: torch.rand(2).tolist(),
+    "draws in place": lambda x: torch.zeros(2).uniform_().tolist(),
+    "what it was added to": lambda x: torch.zeros(2).add_(x[0]).tolist(),
+    "a view of what it was added to": lambda x: added_to_the_base(x).tolist(),
+    "a count outside": lambda x: COUNT.add_(1).item(),
+    "a view of a count outside": lambda x: COUNT.view(1).add_(1).item(),
+}
+
+SHAPES = {
+    "mask": lambda x: len(x[x > 0]),
+    "bytes": lambda x: x[(x > 0).byte()].sum(),
+    "mask of what is the same": lambda x: torch.arange(3)[x[:, 0] > 0].sum(),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "argwhere": lambda x: torch.argwhere(x > 0),
+    "unique": lambda x: x.unique(),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "bincount": lambda x: torch.bincount((x > 0).flatten().long()),
+    "repeat_interleave": lambda x: x.flatten().repeat_interleave((x > 0).flatten().long()),
+}
+
+COUNT = torch.zeros(())
+
+
+def added_to_the_base(x):
+    base = torch.zeros(2)
+    view = base[:1]
+    base.add_(x[0])
+    return view
+
+
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8 is now deprecated:UserWarning")
+@pytest.mark.parametrize("case", [*VALUES, *SHAPES])
+def test_what_would_be_the_first_batch_s_for_ever_is_refused(case):
+    words = "a tensor's value decides what happens next" if case in VALUES else "a tensor's value decides a shape"
+    function = {**VALUES, **SHAPES}[case]
+    with pytest.raises(Unrecordable, match=words):
+        graph_of(lambda x: (function(x), x + 1)[1], X.clone())
+
+
+FIXED = {
+    "item": lambda x: x + torch.arange(5).sum().item(),
+    "if": lambda x: x + 1 if torch.ones(2).sum() > 1 else x,
+    "list of constants": lambda x: x + torch.tensor([torch.tensor(1.0), OUTSIDE[0]]),
+    "outside": lambda x: x + float(OUTSIDE[0]) + sum(OUTSIDE.tolist()),
+    "numpy": lambda x: x + float(torch.eye(2).numpy().sum()),
+    "mask": lambda x: x[torch.arange(3) % 2 == 0],
+    "places": lambda x: x[torch.randint(3, (4,))],
+    "write by mask": lambda x: x.clone().masked_fill_(x > 0, 0.0),
+    "tensor of a tensor": lambda x: torch.as_tensor(x) + x.new_zeros(2),
+    "written constants": lambda x: x + torch.zeros(2).add_(1.0).sum().item(),
+}
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_what_is_the_same_in_every_call_may_be_asked_for_its_value(case):
+    graph = graph_of(FIXED[case], X.clone())
+    torch.manual_seed(0)
+    right = FIXED[case](OTHER)
+    torch.manual_seed(0)
+    assert torch.equal(graph(OTHER), right)
+
+
+def test_a_constant_is_the_tensor_itself():
+    outside = torch.tensor([1.0, 2.0])
+    graph = graph_of(lambda x: x * outside, X)
+    outside.mul_(3)
+    assert torch.equal(graph(X), X * outside)
+
+
+class Labelled(torch.Tensor):
+    """A class of its own."""
+
+
+def test_what_a_graph_cannot_hold_is_refused():
+    with pytest.raises(Unrecordable, match=r"takes a Labelled, which no graph can hold"):
+        graph_of(lambda x: x * OUTSIDE.as_subclass(Labelled), X)
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def test_draws_of_a_generator_that_is_seeded_in_every_call_are_constants():
+    def function(x):
+        start = torch.randn(2, generator=seeded())
+        start += x[0]
+        return start
+
+    graph = graph_of(function, X.clone())
+    assert all(torch.equal(graph(x), function(x)) for x in (X, OTHER, OTHER))
+    for draw in (
+        lambda x: torch.bernoulli(x.sigmoid(), generator=seeded()),
+        lambda x: x + torch.empty(2).uniform_(generator=seeded()),
+    ):
+        with pytest.raises(Unrecordable, match="a generator of its own draws by arguments that change, or in place"):
+            graph_of(draw, X)
+
+
+def test_casts_made_before_are_not_taken_for_constants():
+    weight = torch.randn(2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        X @ weight  # leaves a cast of the weight in autocast's cache
+        graph = graph_of(lambda x, w: x @ w, X, weight)
+        assert torch.is_autocast_cache_enabled()
+    with torch.no_grad():
+        assert torch.equal(graph(X, 2 * weight), 2 * graph(X, weight))
