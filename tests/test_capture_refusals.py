@@ -70,7 +70,7 @@ class Reading(Amortised):
     def __init__(self, read):
         super().__init__()
         self.read = read
-        self.calls = 0
+        self.calls, self.notes, self.sizes = 0, [], {}
 
     def guide(self, x, size=None):
         super().guide(x * self.read(self, x), size)
@@ -111,6 +111,16 @@ def by_count(module, x):
     return 1.0
 
 
+def by_note(module, x):
+    module.notes.append(x.mean())
+    return 1.0
+
+
+def by_note_of_a_size(module, x):
+    module.sizes.setdefault(len(x), torch.ones(len(x)))
+    return 1.0
+
+
 def by_count_that_matters(module, x):
     module.calls += 1
     return 1.0 + 0.01 * module.calls
@@ -146,6 +156,7 @@ REFUSED = {
     "python's random": (lambda: Reading(by_python), rows(), "source of change of its own", {}),
     "numpy's random": (lambda: Reading(by_numpy), rows(), "source of change of its own", {}),
     "count": (lambda: Reading(by_count), rows(), "calls in every call", {}),
+    "note": (lambda: Reading(by_note), rows(), "notes in every call", {}),
     "count that matters": (lambda: Reading(by_count_that_matters), rows(), "source of change of its own", {}),
     "rejection": (lambda: (angle, guide_of_angle), data(), DECIDES, {}),
     "renyi": (Amortised, rows(), "RenyiELBO", {"elbo": RenyiELBO(num_particles=3), "batch_size": None}),
@@ -156,6 +167,13 @@ REFUSED = {
 def test_what_no_graph_holds_is_refused_and_trained_all_the_same(case):
     make, x, words, options = REFUSED[case]
     refused(make, x, words, **options)
+
+
+def test_what_is_made_once_and_kept_is_no_change():
+    eager, _ = fitted(False, lambda: Reading(by_note_of_a_size), rows())
+    captured, _ = fitted("graph", lambda: Reading(by_note_of_a_size), rows())
+    assert captured.info["capture"] == "graph"
+    assert captured.history == eager.history
 
 
 def test_a_refusal_is_told_once(caplog):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 import oracles
 import pyro
@@ -60,7 +62,7 @@ class Labels(nn.Module):
         self.classifier, self.encoder = nn.Linear(3, 3).double(), nn.Linear(3, columns).double()
         self.by_class = nn.Parameter(torch.tensor([-1.0, 0.1, 2.0], dtype=torch.float64))
         self.decoder = nn.Linear(columns, 3).double()
-        self.drawn = []
+        self.drawn = deque(maxlen=1)  # the last: a list that grows in every call could not be captured
 
     def model(self, x, y, size=None):
         with pyro.plate("data", size or len(x), subsample=x):

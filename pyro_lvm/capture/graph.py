@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from pyro_lvm.capture.agreement import SAME_AFTER_FUSION, SAME_IN_ANOTHER_ORDER_OF_SUMS, equal
 from pyro_lvm.capture.broadcasts import narrowed
-from pyro_lvm.capture.guards import left_as_found, python_state
+from pyro_lvm.capture.guards import left_as_found, python_state, state_of_calls
 from pyro_lvm.capture.readouts import put_aside
 from pyro_lvm.capture.recorder import graph_of
 from pyro_lvm.capture.step import Column, Step, StepResult
@@ -164,6 +164,9 @@ class CapturedStep:
     def _python_state(self) -> dict[str, Any]:
         return python_state(self.step.bound.program, self.step.auxiliary_loss)
 
+    def _state_of_calls(self) -> dict[str, Any]:
+        return state_of_calls(self.step.bound.program, self.step.auxiliary_loss)
+
     def _captured(self, batch: Batch) -> _Graph:
         """Capture the step on the shapes of ``batch``, and compare. Nothing that is random or remembered moves."""
         bound = self.step.bound
@@ -186,10 +189,12 @@ class CapturedStep:
                         tensor.copy_(value)
 
         try:
-            once, again = (fresh(lambda: self._taken(self.step, batch)) for _ in range(2))
+            once = fresh(lambda: self._taken(self.step, batch))
+            between = self._state_of_calls()  # what is made in a first call alone, and kept, is no change
+            again = fresh(lambda: self._taken(self.step, batch))
             if not equal(once, again, None):
                 raise Uncapturable("two steps under one seed differ: the program has a source of change of its own")
-            changed = [path for path, value in self._python_state().items() if before.get(path, value) != value]
+            changed = [path for path, value in self._state_of_calls().items() if between.get(path, value) != value]
             if changed:
                 raise Uncapturable(f"the program changes {changed[0]} in every call")
             graph = fresh(lambda: self._traced(batch))

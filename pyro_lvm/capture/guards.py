@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from pyro_lvm.program import Program
 from pyro_lvm.storage.tree import is_plain
 
-__all__ = ["left_as_found", "numbers_of", "python_state"]
+__all__ = ["left_as_found", "numbers_of", "python_state", "state_of_calls"]
 
 DEPTH = 4
 """How far attributes of attributes are followed."""
+
+
+class _Length(int):
+    """How many things a list or dictionary holds."""
 
 
 def python_state(program: Program, auxiliary_loss: Any = None) -> dict[str, Any]:
@@ -27,6 +31,13 @@ def python_state(program: Program, auxiliary_loss: Any = None) -> dict[str, Any]
 
     A graph holds them as constants: where one has changed, the graph is another program's.
     """
+    return {
+        path: value for path, value in state_of_calls(program, auxiliary_loss).items() if type(value) is not _Length
+    }
+
+
+def state_of_calls(program: Program, auxiliary_loss: Any = None) -> dict[str, Any]:
+    """`python_state`, and how many things are in lists and dictionaries: a program may note something in every call."""
     found: dict[str, Any] = {}
     seen: set[int] = set()
     for name, part in (("model", program.model), ("guide", program.guide), ("auxiliary_loss", auxiliary_loss)):
@@ -97,6 +108,8 @@ def _values(path: str, thing: Any, seen: set[int], depth: int) -> Iterator[tuple
     if depth == 0 or isinstance(thing, type | ModuleType) or id(thing) in seen:
         return
     seen.add(id(thing))
+    if isinstance(thing, list | dict):
+        yield path, _Length(len(thing))
     for name, part in _parts(thing):
         yield from _values(f"{path}.{name}", part, seen, depth - 1)
 
