@@ -51,6 +51,10 @@ class Batch:
         """The data by position and by name, without the batch's own keywords."""
         return self.args, self.kwargs
 
+    def copied(self) -> Batch:
+        """The same rows in tensors of their own."""
+        return self._each(torch.clone)
+
     def turned(self) -> Batch:
         """The same rows in the opposite order, each stratum's within their places."""
         return self._with_rows(lambda places: places.flip(0))
@@ -67,15 +71,18 @@ class Batch:
         counts = [len(self)] if self.strata is None else list(self.strata)
         places = torch.cat([order(part) for part in torch.arange(len(self)).split(counts)])
 
-        def at(value: Any) -> Any:
-            return value[places.to(value.device)] if isinstance(value, Tensor) else value
+        return self._each(lambda value: value[places.to(value.device)])
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        def of(value: Any) -> Any:
+            return function(value) if isinstance(value, Tensor) else value
 
         return replace(
             self,
-            args=tuple(at(value) for value in self.args),
-            kwargs={name: at(value) for name, value in self.kwargs.items()},
-            index=at(self.index),
-            weight=at(self.weight),
+            args=tuple(of(value) for value in self.args),
+            kwargs={name: of(value) for name, value in self.kwargs.items()},
+            index=of(self.index),
+            weight=of(self.weight),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.transforms import affine_autoregressive, affine_coupling
 from pyro.infer import RenyiELBO, trace_elbo, trace_mean_field_elbo, traceenum_elbo, tracegraph_elbo
 from pyro.infer.util import Dice
 from small_programs import Amortised, data, guide_of_mean, mixture, model_of_mean, nothing, rows, same_state, state_of
@@ -313,11 +314,95 @@ def test_a_constant_of_the_first_step_is_noticed(read):
     refused(lambda: Reading(read), rows(), "another loss or other gradients than Pyro")
 
 
-def test_a_step_that_cannot_be_compared_on_other_rows_is_refused():
-    def by_covariance(module, x):  # singular where a row is there twice
+def test_a_program_that_bears_no_row_twice_is_compared_on_its_rows_in_another_order():
+    def by_covariance(module, x):
         return torch.linalg.cholesky((-torch.cdist(x, x)).exp()).new_ones(())
 
-    refused(lambda: Reading(by_covariance), rows(), "no step for comparison on other rows: linalg.cholesky")
+    eager, _ = fitted(False, lambda: Reading(by_covariance), rows())
+    captured, _ = fitted("graph", lambda: Reading(by_covariance), rows())
+    assert captured.info["capture"] == "graph"
+    assert captured.history == eager.history
+
+
+def test_a_step_that_cannot_be_compared_elsewhere_is_refused():
+    def by_weight(module, x):
+        largest = module.encoder.weight.detach().abs().max()
+        return torch.linalg.cholesky((module.largest * 1.0005 - largest).reshape(1, 1)).new_ones(())
+
+    def make():
+        program = Reading(by_weight)
+        program.largest = program.encoder.weight.detach().abs().max()
+        return program
+
+    refused(make, rows(), "no step for comparison on other rows, at other parameters: linalg.cholesky", lr=1e-7)
+
+
+def seeded_guide(x, size=None):
+    torch.manual_seed(0)
+    guide_of_mean(x, size)
+
+
+def test_a_seed_in_the_program_is_noticed():
+    """Under the seed that it sets itself, nothing would differ."""
+    refused(lambda: (model_of_mean, seeded_guide), data(), "another loss or other gradients than Pyro", seed=5)
+
+
+def density(x, size=None):
+    flow = pyro.module("flow", FLOWS[0])
+    with pyro.plate("data", size or len(x), subsample=x):
+        pyro.sample("x", dist.TransformedDistribution(dist.Normal(x.new_zeros(3), 1.0).to_event(1), [flow]), obs=x)
+
+
+FLOWS = []
+
+
+@pytest.mark.parametrize(("make", "level"), [(affine_autoregressive, "eager"), (affine_coupling, "graph")])
+def test_transforms_that_know_their_tensors_again_are_called_twice(make, level):
+    """Pyro's keep the last pair of tensors, and would go back a second time through the same graph."""
+    ends = []
+    for capture in (False, "graph"):
+        pyro.set_rng_seed(1)
+        FLOWS[:] = [make(3, hidden_dims=[4])]
+        x = rows(dtype=torch.float32)
+        ends.append(lvm.fit((density, nothing), x, steps=8, batch_size=10, seed=3, capture=capture))
+    assert ends[1].info["capture"] == level, ends[1].info["capture_reason"]  # an order of columns is read in a loop
+    assert ends[0].history == ends[1].history
+
+
+def test_a_mask_that_is_a_buffer_may_choose():
+    class Masked(Amortised):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.tensor([True, False, True]))
+
+        def guide(self, x, size=None):
+            super().guide(x * x[:, self.seen].sum(-1, keepdim=True), size)
+
+    def end(capture):
+        def callback(epoch):
+            program.seen.copy_(torch.tensor([True, True, epoch.epoch % 2 == 0]))
+
+        torch.manual_seed(7)
+        program = Masked()
+        return lvm.fit(program, rows(), steps=12, batch_size=10, seed=3, capture=capture, callbacks=[callback])
+
+    eager, captured = end(False), end("graph")
+    assert captured.info["capture"] == "graph"
+    assert captured.history == eager.history
+
+
+def test_a_compiled_module_is_no_obstacle():
+    class Compiled(Amortised):
+        def __init__(self):
+            super().__init__()
+            self.compiled = torch.compile(nn.Sequential(nn.Linear(3, 3)), backend="eager")
+
+        def guide(self, x, size=None):
+            super().guide(x + self.compiled(x), size)
+
+    eager, _ = fitted(False, Compiled, rows())
+    captured, _ = fitted("graph", Compiled, rows())
+    assert captured.history == eager.history
 
 
 LEVELS = [

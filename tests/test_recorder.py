@@ -86,7 +86,9 @@ VALUES = {
     "np.array of a list": lambda x: np.array(list(x)),
     "dlpack": lambda x: np.from_dlpack(x),
     "repr": lambda x: repr(x),
-    "format": lambda x: f"{x[0, 0]:.2f}",
+    "format": lambda x: f"{x}",
+    "copy": lambda x: copy.copy(x),
+    "out=": lambda x: out_of_a_sum(x).tolist(),
     "deepcopy": lambda x: copy.deepcopy(x),
     "torch.tensor": lambda x: torch.tensor([x.sum(), 1.0]),
     "torch.tensor, nested": lambda x: torch.tensor([[x.sum(), 1.0]]),
@@ -101,9 +103,45 @@ VALUES = {
     "draws in place": lambda x: torch.zeros(2).uniform_().tolist(),
     "what it was added to": lambda x: torch.zeros(2).add_(x[0]).tolist(),
     "a view of what it was added to": lambda x: added_to_the_base(x).tolist(),
-    "a count outside": lambda x: COUNT.add_(1).item(),
-    "a view of a count outside": lambda x: COUNT.view(1).add_(1).item(),
+    "apply_": lambda x: x.clone().apply_(lambda value: min(value, 2.0)),
+    "in a gradient": lambda x: ReadBackward.apply(x.detach().requires_grad_()).sum().backward(),
+    "in a hook": lambda x: hooked(x.detach().requires_grad_()).sum().backward(),
 }
+
+
+class ReadBackward(torch.autograd.Function):
+    """Reads its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float(gradient.numpy().sum())
+
+
+def hooked(x):
+    x.register_hook(lambda gradient: torch.tensor([[gradient[0, 0], 1.0]]).expand(3, 2))
+    return x * 1
+
+
+OTHERS = {
+    "a count outside": (lambda x: COUNT.add_(1), "written into a tensor that is there before the step"),
+    "a view of a count outside": (lambda x: COUNT.view(1).copy_(x[0, 0]), "written into a tensor that is there before"),
+    "an array": (lambda x: shared_with_an_array(x), "written into a tensor that shares its memory with an array"),
+    "takes sparse": (lambda x: torch.sparse.mm(torch.eye(3).to_sparse(), x), "torch.sparse_coo"),
+    "sparse": (lambda x: x.to_sparse(), "a tensor of layout torch.sparse_coo is made"),
+    "data": (lambda x: setattr(x.clone(), "data", x), "another tensor is put in place of .data"),
+}
+
+
+def shared_with_an_array(x):
+    zeros = torch.zeros(2)
+    array = zeros.numpy()
+    zeros.copy_(x[0])
+    return array
+
 
 SHAPES = {
     "mask": lambda x: len(x[x > 0]),
@@ -119,6 +157,12 @@ SHAPES = {
 }
 
 COUNT = torch.zeros(())
+
+
+def out_of_a_sum(x):
+    zeros = torch.zeros(3, 2)
+    torch.add(x, 1, out=zeros)
+    return zeros
 
 
 def added_to_the_base(x):
@@ -137,11 +181,32 @@ def test_what_would_be_the_first_batch_s_for_ever_is_refused(case):
         graph_of(lambda x: (function(x), x + 1)[1], X.clone())
 
 
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_happens_behind_the_operations_is_refused(case):
+    function, words = OTHERS[case]
+    with pytest.raises(Unrecordable, match=words):
+        graph_of(lambda x: (function(x), x + 1)[1], X.clone())
+
+
+def test_torch_is_left_as_it_was():
+    names = ("numpy", "tolist", "__repr__", "data", "new_tensor")
+    before = [torch.tensor, *(vars(torch.Tensor).get(name) for name in names)]
+    graph_of(lambda x: x + 1, X)
+    with pytest.raises(Unrecordable):
+        graph_of(lambda x: x.tolist(), X)
+    assert before == [torch.tensor, *(vars(torch.Tensor).get(name) for name in names)]
+
+
+WEIGHT = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
+
 FIXED = {
     "item": lambda x: x + torch.arange(5).sum().item(),
     "if": lambda x: x + 1 if torch.ones(2).sum() > 1 else x,
     "list of constants": lambda x: x + torch.tensor([torch.tensor(1.0), OUTSIDE[0]]),
     "outside": lambda x: x + float(OUTSIDE[0]) + sum(OUTSIDE.tolist()),
+    "outside, as a list": lambda x: x + sum(OUTSIDE.tolist()),
+    "outside, a parameter": lambda x: x * WEIGHT,
+    "part": lambda x: x + torch.ones(4).split(2)[0].tolist()[0],
     "numpy": lambda x: x + float(torch.eye(2).numpy().sum()),
     "mask": lambda x: x[torch.arange(3) % 2 == 0],
     "places": lambda x: x[torch.randint(3, (4,))],
@@ -165,6 +230,8 @@ def test_a_constant_is_the_tensor_itself():
     graph = graph_of(lambda x: x * outside, X)
     outside.mul_(3)
     assert torch.equal(graph(X), X * outside)
+    outside.data = torch.tensor([5.0, 7.0])
+    assert torch.equal(graph(X), X * outside)
 
 
 class Labelled(torch.Tensor):
@@ -180,19 +247,15 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
-def test_draws_of_a_generator_that_is_seeded_in_every_call_are_constants():
-    def function(x):
-        start = torch.randn(2, generator=seeded())
-        start += x[0]
-        return start
-
-    graph = graph_of(function, X.clone())
-    assert all(torch.equal(graph(x), function(x)) for x in (X, OTHER, OTHER))
+def test_draws_of_a_generator_of_its_own_may_only_be_thrown_away():
+    graph = graph_of(lambda x: (torch.randn(2, generator=seeded()) + x[0], x + 1)[1], X)
+    assert torch.equal(graph(OTHER), OTHER + 1)
     for draw in (
+        lambda x: x + torch.randn(2, generator=seeded()),
         lambda x: torch.bernoulli(x.sigmoid(), generator=seeded()),
         lambda x: x + torch.empty(2).uniform_(generator=seeded()),
     ):
-        with pytest.raises(Unrecordable, match="a generator of its own draws by arguments that change, or in place"):
+        with pytest.raises(Unrecordable, match="a generator of its own draws: torch's own is the one"):
             graph_of(draw, X)
 
 

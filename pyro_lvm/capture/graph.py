@@ -1,9 +1,10 @@
 """Capture: one step, taken once through Pyro, becomes a graph of plain tensor operations that every later step runs.
 
 What is captured is checked before it is used. On the first batch of every shape Pyro takes the step twice and the graph
-takes it once, under one seed; and once more each on other rows, at other parameters. Where losses, parts of the bound
-or gradients differ, where the program draws from a generator that torch does not seed, keeps a count of its calls, or
-asks for the value of a tensor, every step goes through Pyro as before, and `CapturedStep.reason` says why.
+takes it once, under one seed; and once more each on other rows, at other parameters, under another seed. Where losses,
+parts of the bound or gradients differ, where the program draws from a generator that torch does not seed, keeps a count
+of its calls, or asks for the value of a tensor, every step goes through Pyro as before, and `CapturedStep.reason` says
+why.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class CapturedStep:
                     with torch.no_grad():
                         for parameter in self.step.parameters:
                             parameter.mul_(A_STEP_AWAY)
-                with isolated(0, validate=False):
+                with isolated(int(elsewhere), validate=False):
                     return function()
             finally:
                 bound.load(snapshot)
@@ -189,20 +190,17 @@ class CapturedStep:
                         tensor.copy_(value)
 
         try:
-            once = fresh(lambda: self._taken(self.step, batch))
+            # transforms of Pyro know a tensor again that they have seen: every call has its own
+            once = fresh(lambda: self._taken(self.step, batch.copied()))
             between = self._state_of_calls()  # what is made in a first call alone, and kept, is no change
-            again = fresh(lambda: self._taken(self.step, batch))
+            again = fresh(lambda: self._taken(self.step, batch.copied()))
             if not equal(once, again, None):
                 raise Uncapturable("two steps under one seed differ: the program has a source of change of its own")
             changed = [path for path, value in self._state_of_calls().items() if between.get(path, value) != value]
             if changed:
                 raise Uncapturable(f"the program changes {changed[0]} in every call")
-            graph = fresh(lambda: self._traced(batch))
-            other = batch.other()
-            try:
-                away = fresh(lambda: self._taken(self.step, other), elsewhere=True)
-            except Exception as error:  # rows that are there twice, or parameters a thousandth larger, are too much
-                raise Uncapturable(f"no step for comparison on other rows: {_first_line(error)}") from error
+            graph = fresh(lambda: self._traced(batch.copied()))
+            other, away = self._elsewhere(batch, fresh)
             graph = self._compared(graph, fresh, [(batch, False, once), (other, True, away)])
         finally:
             for parameter in self.step.parameters:
@@ -210,13 +208,24 @@ class CapturedStep:
         self._state = before
         return graph
 
+    def _elsewhere(self, batch: Batch, fresh: Any) -> tuple[Batch, list[Tensor | None]]:
+        """Other rows, and what Pyro gives on them at other parameters, under another seed."""
+        why = ""
+        for other in (batch.other(), batch.turned()):  # some programs cannot bear to see a row twice
+            try:
+                return other, fresh(lambda b=other: self._taken(self.step, b.copied()), elsewhere=True)
+            except Exception as error:
+                why = _first_line(error)
+        raise Uncapturable(f"no step for comparison on other rows, at other parameters: {why}")
+
     def _taken(self, step: Callable[[Batch], StepResult], batch: Batch) -> list[Tensor | None]:
         result = step(batch)
         return [result.values, *(None if p.grad is None else p.grad.clone() for p in self.step.parameters)]
 
     def _traced(self, batch: Batch) -> _Graph:
         names = list(_tensors(batch))
-        state = (*(tensor for _, tensor in self.step.bound.tensors()), *self.step.estimator.tensors())
+        inputs = (*(tensor for _, tensor in self.step.bound.tensors()), *self.step.estimator.tensors())
+        state = tuple(tensor for tensor in inputs if tensor.dtype is not torch.bool)  # masks may decide a shape
         told: dict[str, Any] = {}
 
         def function(*tensors: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pyro_lvm.program import Program
@@ -99,11 +100,7 @@ def _values(path: str, thing: Any, seen: set[int], depth: int) -> Iterator[tuple
         yield path, thing
         return
     if isinstance(thing, Tensor):
-        # what a module holds is an input of the graph; of other tensors a value may have been read
-        yield (
-            path,
-            (id(thing),) if "._buffers." in path or isinstance(thing, nn.Parameter) else (id(thing), thing._version),
-        )
+        yield path, _known(path, thing)
         return
     if depth == 0 or isinstance(thing, type | ModuleType) or id(thing) in seen:
         return
@@ -112,6 +109,15 @@ def _values(path: str, thing: Any, seen: set[int], depth: int) -> Iterator[tuple
         yield path, _Length(len(thing))
     for name, part in _parts(thing):
         yield from _values(f"{path}.{name}", part, seen, depth - 1)
+
+
+def _known(path: str, tensor: Tensor) -> tuple[Any, ...]:
+    """What shows that a tensor is another; its parameters and buffers are inputs of a graph, which may move."""
+    if "._buffers." in path and tensor.dtype is torch.bool:  # a mask is none
+        return id(tensor), tensor.cpu().numpy().tobytes()
+    if "._buffers." in path or isinstance(tensor, nn.Parameter):
+        return (id(tensor),)
+    return id(tensor), tensor._version  # a value may have been read
 
 
 def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
@@ -141,6 +147,8 @@ def _is_the_users(thing: Any) -> bool:
 
 def _of_function(function: Any) -> Iterator[tuple[str, Any]]:
     function = inspect.unwrap(function)
+    if not isinstance(function, FunctionType):  # what `torch.compile` makes of a module wraps the module
+        return
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
         for value in _held(cell):
             yield name, value

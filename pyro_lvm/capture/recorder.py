@@ -12,14 +12,14 @@ for stand-ins of values which nobody asks for here, and it lets pass in silence 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -32,14 +32,26 @@ aten: Any = torch.ops.aten
 
 VALUE = "a tensor's value decides what happens next, or leaves the graph (.item(), if, bool, .numpy())"
 SHAPE = "a tensor's value decides a shape (x[mask], nonzero, unique): torch.where and sums over a mask keep shapes"
-GENERATOR = "a generator of its own draws by arguments that change, or in place: torch's own is the one that is seeded"
 
-READ_OUTS = frozenset(
-    {"numpy", "tolist", "__array__", "__dlpack__", "__repr__", "__format__", "__deepcopy__", "__reduce_ex__"}
+OUTSIDE = "something is written into a tensor that is there before the step and is no buffer: register it as one"
+SHARED = "something is written into a tensor that shares its memory with an array"
+DATA = "another tensor is put in place of .data: copy_ writes into the one that is there"
+GENERATOR = "a generator of its own draws: torch's own is the one that a fit seeds"
+
+READ_OUTS = (
+    "numpy",
+    "tolist",
+    "__dlpack__",
+    "__repr__",
+    "__format__",
+    "__deepcopy__",
+    "__reduce_ex__",
+    "apply_",
+    "map_",
 )
 """Methods of tensors that read values, or copy them, past the operations."""
 
-MAKERS = frozenset({"tensor", "as_tensor", "asarray", "new_tensor"})
+MAKERS = ((torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"), (Tensor, "new_tensor"))
 """Functions that do so with tensors in a list."""
 
 MASKS = (torch.bool, torch.uint8)
@@ -68,7 +80,7 @@ def graph_of(function: Callable[..., Any], *example: Tensor) -> fx.GraphModule:
     caches = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # it may hold casts of parameters, which would be constants
     try:
-        with recorder, _ReadOuts(recorder):
+        with recorder, _watched(recorder):
             result = function(*example)
     finally:
         torch.set_autocast_cache_enabled(caches)
@@ -84,7 +96,9 @@ class _Recorder(TorchDispatchMode):
         self._constants: dict[str, Tensor] = {}
         self._nodes: Any = WeakTensorKeyDictionary()  # weak: of what others hold, autograd makes copies
         self._fixed: set[fx.Node] = set()
+        self._drawn: set[fx.Node] = set()
         self._outside: set[int] = set()
+        self._shared: set[int] = set()
         self._changing: dict[int, StorageWeakRef] = {}  # as long as there is one, no other memory has that number
 
     def is_given(self, tensor: Tensor, number: int) -> None:
@@ -95,7 +109,14 @@ class _Recorder(TorchDispatchMode):
         """The graph that gives ``result``."""
         self._graph.output(map_aggregate(result, lambda leaf: self._node(leaf) if isinstance(leaf, Tensor) else leaf))
         remove_unused(self._graph)
+        if not self._drawn.isdisjoint(self._graph.nodes):
+            raise Unrecordable(GENERATOR)
         return fx.GraphModule(self._constants, self._graph)
+
+    def is_read(self, tensor: Tensor) -> None:
+        """Refuse to let values leave the graph, unless they are the same in every call and stay what they are."""
+        self.require_fixed([tensor], VALUE)
+        self._shared.add(_memory(tensor))
 
     def require_fixed(self, tensors: list[Tensor], otherwise: str) -> None:
         """Refuse to ask for values, unless they are the same in every call."""
@@ -109,13 +130,14 @@ class _Recorder(TorchDispatchMode):
         generators: list[torch.Generator] = []
 
         def noted(leaf: Any) -> Any:
-            if type(leaf) in (Tensor, nn.Parameter):
+            if type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided:
                 tensors.append(leaf)
                 return self._node(leaf)
             if isinstance(leaf, torch.Generator):
                 generators.append(leaf)
             elif not isinstance(leaf, PLAIN):
-                raise Unrecordable(f"{operation} takes a {type(leaf).__name__}, which no graph can hold")
+                kind = f"{leaf.layout} tensor" if type(leaf) is Tensor else type(leaf).__name__
+                raise Unrecordable(f"{operation} takes a {kind}, which no graph can hold")
             return leaf
 
         args_noted, kwargs_noted = map_aggregate((args, kwargs), noted)
@@ -124,20 +146,30 @@ class _Recorder(TorchDispatchMode):
             return operation(*args, **kwargs)
         if torch.Tag.dynamic_output_shape in operation.tags:
             self.require_fixed(_deciding(operation, tensors), SHAPE)
-        if generators:  # made and seeded in every call: one that goes on has made two steps of Pyro differ
-            self.require_fixed(tensors, GENERATOR)
-            if writes(operation):
-                raise Unrecordable(GENERATOR)
-            return self.__torch_dispatch__(aten.lift_fresh.default, types, (operation(*args, **kwargs),))
         fixed = torch.Tag.nondeterministic_seeded not in operation.tags and all(map(self._is_fixed, tensors))
         if operation is aten.lift_fresh.default:
             operation = aten.lift_fresh_copy.default  # of `torch.tensor(1.0)`, which may be written to, in every call
         written = {_memory(tensor): tensor.untyped_storage() for tensor in _written(operation, args, kwargs)}
-        if written and not (fixed and self._outside.isdisjoint(written)):
-            fixed = False
+        if not self._outside.isdisjoint(written):
+            raise Unrecordable(OUTSIDE)
+        if not self._shared.isdisjoint(written):
+            raise Unrecordable(SHARED)
+        if not fixed:
             self._changing |= {number: StorageWeakRef(memory) for number, memory in written.items()}
         result = operation(*args, **kwargs)
+        if generators:
+            return self._of_another_generator(result)
         self._keep(result, self._graph.call_function(operation, args_noted, kwargs_noted), fixed)
+        return result
+
+    def _of_another_generator(self, result: Any) -> Any:
+        """Draws that no graph repeats; a program may throw them away, such as where a parameter would start."""
+        for tensor in tree_leaves(result):
+            name = f"drawn_{len(self._drawn)}"
+            self._constants[name] = tensor
+            node = self._graph.get_attr(name)
+            self._drawn.add(node)
+            self._keep(tensor, node)
         return result
 
     def _keep(self, result: Any, node: fx.Node, fixed: bool = False) -> None:
@@ -145,6 +177,8 @@ class _Recorder(TorchDispatchMode):
         if fixed:
             self._fixed.add(node)
         if isinstance(result, Tensor):
+            if result.layout is not torch.strided:
+                raise Unrecordable(f"a tensor of layout {result.layout} is made")
             self._nodes[result] = node
             node.meta["shape"] = result.shape
         elif isinstance(result, list | tuple):
@@ -154,7 +188,7 @@ class _Recorder(TorchDispatchMode):
     def _node(self, tensor: Tensor) -> fx.Node:
         if tensor not in self._nodes:
             name = f"constant_{len(self._constants)}"
-            self._constants[name] = tensor.detach()
+            self._constants[name] = tensor
             self._outside.add(_memory(tensor))
             self._keep(tensor, self._graph.get_attr(name), fixed=True)
         node: fx.Node = self._nodes[tensor]
@@ -166,23 +200,50 @@ class _Recorder(TorchDispatchMode):
         return (node is None or node in self._fixed) and _memory(tensor) not in self._changing
 
 
-class _ReadOuts(TorchFunctionMode):
-    """Finds what takes values from tensors without an operation."""
+@contextmanager
+def _watched(recorder: _Recorder) -> Iterator[None]:
+    """Ask the recorder before values are taken from tensors by what is no operation.
 
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
+    Torch's own way to see these calls, `TorchFunctionMode`, is not there in gradients and hooks.
+    """
+    replaced: list[tuple[Any, str, Any]] = []
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse it where the values differ between calls."""
-        kwargs = kwargs or {}
-        name = getattr(function, "__name__", "")
-        if name in READ_OUTS:
-            self._recorder.require_fixed([args[0]], VALUE)
-        elif name in MAKERS:
-            listed = tree_leaves([part for part in (*args, *kwargs.values()) if not isinstance(part, Tensor)])
-            self._recorder.require_fixed([leaf for leaf in listed if isinstance(leaf, Tensor)], VALUE)
-        return function(*args, **kwargs)
+    def replace(owner: Any, name: str, value: Any) -> None:
+        replaced.append((owner, name, vars(owner).get(name)))
+        setattr(owner, name, value)
+
+    def reading(method: Any) -> Any:
+        def read(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            recorder.is_read(self)
+            return method(self, *args, **kwargs)
+
+        return read
+
+    def making(function: Any) -> Any:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            listed = tree_leaves([given for given in (*args, *kwargs.values()) if not isinstance(given, Tensor)])
+            recorder.require_fixed([leaf for leaf in listed if isinstance(leaf, Tensor)], VALUE)
+            return function(*args, **kwargs)
+
+        return make
+
+    def refuse(self: Tensor, value: Tensor) -> None:
+        raise Unrecordable(DATA)
+
+    try:
+        for name in READ_OUTS:
+            replace(Tensor, name, reading(getattr(Tensor, name)))
+        for owner, name in MAKERS:
+            replace(owner, name, making(getattr(owner, name)))
+        data: Any = Tensor.data
+        replace(Tensor, "data", property(data.__get__, refuse))
+        yield
+    finally:
+        for owner, name, value in replaced:
+            if value is None:
+                delattr(owner, name)  # it is inherited
+            else:
+                setattr(owner, name, value)
 
 
 def _deciding(operation: Any, tensors: list[Tensor]) -> list[Tensor]:
