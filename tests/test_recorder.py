@@ -197,6 +197,14 @@ def test_torch_is_left_as_it_was():
     assert before == [torch.tensor, *(vars(torch.Tensor).get(name) for name in names)]
 
 
+def after_others(x):
+    """Tensors that lie where others were that had been written to."""
+    for _ in range(20):
+        x = x + torch.zeros(2).add_(x[0]).sum()
+        x = x + torch.ones(2).tolist()[0]
+    return x
+
+
 WEIGHT = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
 
 FIXED = {
@@ -207,6 +215,7 @@ FIXED = {
     "outside, as a list": lambda x: x + sum(OUTSIDE.tolist()),
     "outside, a parameter": lambda x: x * WEIGHT,
     "part": lambda x: x + torch.ones(4).split(2)[0].tolist()[0],
+    "memory used again": lambda x: after_others(x),
     "numpy": lambda x: x + float(torch.eye(2).numpy().sum()),
     "mask": lambda x: x[torch.arange(3) % 2 == 0],
     "places": lambda x: x[torch.randint(3, (4,))],
