@@ -98,8 +98,8 @@ class _Recorder(TorchDispatchMode):
         self._fixed: set[fx.Node] = set()
         self._drawn: set[fx.Node] = set()
         self._outside: set[int] = set()
-        self._shared: set[int] = set()
-        self._changing: dict[int, StorageWeakRef] = {}  # as long as there is one, no other memory has that number
+        self._shared: dict[int, StorageWeakRef] = {}  # as long as there is one, no other memory has that number
+        self._changing: dict[int, StorageWeakRef] = {}
 
     def is_given(self, tensor: Tensor, number: int) -> None:
         """Take a tensor as the input of that number."""
@@ -116,7 +116,7 @@ class _Recorder(TorchDispatchMode):
     def is_read(self, tensor: Tensor) -> None:
         """Refuse to let values leave the graph, unless they are the same in every call and stay what they are."""
         self.require_fixed([tensor], VALUE)
-        self._shared.add(_memory(tensor))
+        self._shared[_memory(tensor)] = StorageWeakRef(tensor.untyped_storage())
 
     def require_fixed(self, tensors: list[Tensor], otherwise: str) -> None:
         """Refuse to ask for values, unless they are the same in every call."""
@@ -150,9 +150,9 @@ class _Recorder(TorchDispatchMode):
         if operation is aten.lift_fresh.default:
             operation = aten.lift_fresh_copy.default  # of `torch.tensor(1.0)`, which may be written to, in every call
         written = {_memory(tensor): tensor.untyped_storage() for tensor in _written(operation, args, kwargs)}
-        if not self._outside.isdisjoint(written):
+        if not written.keys().isdisjoint(self._outside):
             raise Unrecordable(OUTSIDE)
-        if not self._shared.isdisjoint(written):
+        if not written.keys().isdisjoint(self._shared):
             raise Unrecordable(SHARED)
         if not fixed:
             self._changing |= {number: StorageWeakRef(memory) for number, memory in written.items()}
