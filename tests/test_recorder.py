@@ -161,8 +161,9 @@ COUNT = torch.zeros(())
 
 def out_of_a_sum(x):
     zeros = torch.zeros(3, 2)
+    row = zeros[0]
     torch.add(x, 1, out=zeros)
-    return zeros
+    return row
 
 
 def added_to_the_base(x):
@@ -201,7 +202,8 @@ def after_others(x):
     """Tensors that lie where others were that had been written to."""
     for _ in range(20):
         x = x + torch.zeros(2).add_(x[0]).sum()
-        x = x + torch.ones(2).tolist()[0]
+        ones = [torch.ones(2) for _ in range(20)]
+        x = x + sum(one.tolist()[0] for one in ones)
     return x
 
 

@@ -43,7 +43,6 @@ READ_OUTS = (
     "tolist",
     "__dlpack__",
     "__repr__",
-    "__format__",
     "__deepcopy__",
     "__reduce_ex__",
     "apply_",
