@@ -74,6 +74,14 @@ def test_what_nobody_uses_is_taken_out_but_neither_writes_nor_draws():
     assert names == ["add_", "empty_like", "normal_", "bernoulli", "mul"]
 
 
+def test_what_is_cut_off_from_its_gradient_is_an_alias():
+    graph = graph_of(lambda x: x.detach().exp(), X)
+    assert [node.target for node in graph.graph.nodes][1:3] == [
+        torch.ops.aten.alias.default,
+        torch.ops.aten.exp.default,
+    ]
+
+
 VALUES = {
     "item": lambda x: x.sum().item(),
     "bool": lambda x: 1 if x.sum() > 0 else 2,

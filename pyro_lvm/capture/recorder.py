@@ -158,6 +158,8 @@ class _Recorder(TorchDispatchMode):
         result = operation(*args, **kwargs)
         if generators:
             return self._of_another_generator(result)
+        if operation is aten.detach.default:
+            operation = aten.alias.default  # the same where nothing keeps gradients, and one name for it
         self._keep(result, self._graph.call_function(operation, args_noted, kwargs_noted), fixed)
         return result
 
