@@ -76,10 +76,8 @@ def test_what_nobody_uses_is_taken_out_but_neither_writes_nor_draws():
 
 def test_what_is_cut_off_from_its_gradient_is_an_alias():
     graph = graph_of(lambda x: x.detach().exp(), X)
-    assert [node.target for node in graph.graph.nodes][1:3] == [
-        torch.ops.aten.alias.default,
-        torch.ops.aten.exp.default,
-    ]
+    targets = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+    assert targets == {torch.ops.aten.alias.default, torch.ops.aten.exp.default}
 
 
 VALUES = {
@@ -258,8 +256,9 @@ class Labelled(torch.Tensor):
 
 
 def test_what_a_graph_cannot_hold_is_refused():
+    labelled = OUTSIDE.as_subclass(Labelled)
     with pytest.raises(Unrecordable, match=r"takes a Labelled, which no graph can hold"):
-        graph_of(lambda x: x * OUTSIDE.as_subclass(Labelled), X)
+        graph_of(lambda x: x * labelled, X)
 
 
 def seeded():
