@@ -70,7 +70,6 @@ class Batch:
         """For the places of each stratum, the rows at the places that ``order`` gives."""
         counts = [len(self)] if self.strata is None else list(self.strata)
         places = torch.cat([order(part) for part in torch.arange(len(self)).split(counts)])
-
         return self._each(lambda value: value[places.to(value.device)])
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 
-__all__ = ["declared_at", "raised_at"]
+__all__ = ["declared_at", "first_line", "raised_at", "what_and_where"]
 
 _MACHINERY = ("pyro", "torch", "contextlib", "functools")
 """Packages whose frames stand between a statement and the line that its author wrote."""
@@ -51,6 +51,17 @@ def raised_at(error: BaseException) -> str | None:
             where = _shown(step.tb_frame.f_code, step.tb_lineno)
         step = step.tb_next
     return where
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def what_and_where(error: BaseException) -> str:
+    """The first line of what an error says, and the line of a program through which it came, if it came through one."""
+    where = raised_at(error)
+    return first_line(error) + (f", at {where}" if where else "")
 
 
 def _package(frame: FrameType) -> tuple[str, ...]:

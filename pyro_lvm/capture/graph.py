@@ -27,7 +27,7 @@ from pyro_lvm.capture.readouts import put_aside
 from pyro_lvm.capture.recorder import graph_of
 from pyro_lvm.capture.step import Column, Step, StepResult
 from pyro_lvm.data import Batch
-from pyro_lvm.declaration import raised_at
+from pyro_lvm.declaration import first_line, what_and_where
 from pyro_lvm.parameters import isolated
 
 __all__ = ["CapturedStep", "Level", "choose_level"]
@@ -211,11 +211,12 @@ class CapturedStep:
     def _elsewhere(self, batch: Batch, fresh: Any) -> tuple[Batch, list[Tensor | None]]:
         """Other rows, and what Pyro gives on them at other parameters, under another seed."""
         why = ""
-        for other in (batch.other(), batch.turned()):  # some programs cannot bear to see a row twice
+        for rows in (batch.other, batch.turned):  # some programs cannot bear to see a row twice
+            other = rows()
             try:
-                return other, fresh(lambda b=other: self._taken(self.step, b.copied()), elsewhere=True)
+                return other, fresh(lambda b=other: self._taken(self.step, b), elsewhere=True)
             except Exception as error:
-                why = _first_line(error)
+                why = first_line(error)
         raise Uncapturable(f"no step for comparison on other rows, at other parameters: {why}")
 
     def _taken(self, step: Callable[[Batch], StepResult], batch: Batch) -> list[Tensor | None]:
@@ -238,19 +239,18 @@ class CapturedStep:
             with put_aside():
                 graph = graph_of(function, *_tensors(batch).values(), *state)
         except Exception as error:  # whatever stands in the way of a graph, Pyro's own step is at hand
-            raise Uncapturable(_said(error)) from error
+            raise Uncapturable(what_and_where(error)) from error
         return _Graph(graph.forward, state, told["columns"], told["has"])
 
     def _compared(self, graph: _Graph, fresh: Any, expected: list[_Expected]) -> _Graph:
         """The graph at its level, once it gives what Pyro gave."""
         tolerance = SAME_IN_ANOTHER_ORDER_OF_SUMS if self.step.estimator.enumerates else None
-        for batch, elsewhere, right in expected:
-            try:
-                found = fresh(lambda b=batch: self._taken(lambda c: self._run(graph, _tensors(c)), b), elsewhere)
-            except Exception as error:
-                raise Uncapturable(f"the graph cannot be run: {_first_line(error)}") from error
-            if not equal(found, right, tolerance, self.step.size):
-                raise Uncapturable("the graph gives another loss or other gradients than Pyro")
+        try:
+            agrees = self._agrees(graph, fresh, expected, tolerance)
+        except Exception as error:
+            raise Uncapturable(f"the graph cannot be run: {first_line(error)}") from error
+        if not agrees:
+            raise Uncapturable("the graph gives another loss or other gradients than Pyro")
         if self.level == "graph":
             return graph
         operations = len(_owner(graph.function).graph.nodes)
@@ -258,6 +258,19 @@ class CapturedStep:
             self.level, self.reason = "graph", f"{operations} operations would take long to compile"
             return graph
         return self._compiled(graph, fresh, expected)
+
+    def _agrees(
+        self, graph: _Graph, fresh: Any, expected: list[_Expected], tolerance: dict[torch.dtype, float] | None
+    ) -> bool:
+        """Whether a graph gives what Pyro gave."""
+
+        def taken(batch: Batch) -> list[Tensor | None]:
+            return self._taken(lambda rows: self._run(graph, _tensors(rows)), batch)
+
+        return all(
+            equal(fresh(lambda b=batch: taken(b), elsewhere), right, tolerance, self.step.size)
+            for batch, elsewhere, right in expected
+        )
 
     def _compiled(self, graph: _Graph, fresh: Any, expected: list[_Expected]) -> _Graph:
         """The graph, narrowed and compiled; compiled as it is, or left as it is, where that does not give the same."""
@@ -267,14 +280,11 @@ class CapturedStep:
         for make in (lambda: narrowed(owner, inputs), lambda: owner):
             try:
                 compiled = replace(graph, function=fresh(lambda make=make: _inductor(make(), inputs, self.level)))
-                for batch, elsewhere, right in expected:
-                    run = lambda b=batch, g=compiled: self._taken(lambda c: self._run(g, _tensors(c)), b)  # noqa: E731
-                    found = fresh(run, elsewhere)
-                    if not equal(found, right, SAME_AFTER_FUSION, self.step.size):
-                        raise Uncapturable("the compiled graph gives another loss or other gradients than Pyro")
+                if not self._agrees(compiled, fresh, expected, SAME_AFTER_FUSION):
+                    raise Uncapturable("the compiled graph gives another loss or other gradients than Pyro")
                 return compiled
             except Exception as error:
-                why = _first_line(error)
+                why = first_line(error)
         self.level, self.reason = "graph", f"not compiled: {why}"
         _log.info("%s: %s", self.step.bound.program.name, self.reason)
         return graph
@@ -295,16 +305,6 @@ def _inductor(module: fx.GraphModule, inputs: tuple[Tensor, ...], level: Level) 
 
 def _owner(forward: Any) -> Any:
     return forward.__self__
-
-
-def _said(error: Exception) -> str:
-    """What stands in the way of a graph, and the line of the program where it stands."""
-    where = raised_at(error)
-    return _first_line(error) + (f", at {where}" if where else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_lvm.capture.operations import remove_unused, writes
 from pyro_lvm.capture.recorder import graph_of
-from pyro_lvm.declaration import raised_at
+from pyro_lvm.declaration import what_and_where
 
 __all__ = ["Position", "Potential", "capture_potential"]
 
@@ -55,9 +55,7 @@ def capture_potential(potential: Potential, positions: Sequence[Position], name:
             if not same:
                 return potential, _said(name, "the graph gives another potential or other gradients than Pyro")
     except Exception as error:  # whatever stands in the way of a graph, Pyro's own potential is at hand
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        where = raised_at(error)
-        return potential, _said(name, text + (f", at {where}" if where else ""))
+        return potential, _said(name, what_and_where(error))
     return captured, "graph"
 
 

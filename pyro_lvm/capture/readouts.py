@@ -27,6 +27,8 @@ from pyro.ops.einsum.adjoint import require_backward
 from pyro.ops.rings import MarginalRing
 from torch import Tensor
 
+from pyro_lvm.capture.replaced import replaced
+
 __all__ = ["KNOWN", "put_aside"]
 
 KNOWN = ("1.9.1", "1.9.2")
@@ -46,23 +48,16 @@ def put_aside() -> Iterator[None]:
         raise NotImplementedError(
             f"Pyro {pyro.__version__} is not one of {', '.join(KNOWN)}, whose read-outs can be put aside"
         )
-    replaced: list[tuple[Any, str, Any]] = []
-
-    def replace(owner: Any, name: str, value: Callable[..., Any]) -> None:
-        if hasattr(owner, name):
-            replaced.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, value)
-
-    try:
-        for module in _MODULES:
-            replace(module, "torch_item", _detached)
-            replace(module, "warn_if_nan", _unread)
-        replace(Dice, "compute_expectation", _compute_expectation)
-        replace(torch.nn.functional, "one_hot", _one_hot(torch.nn.functional.one_hot))
+    attributes: list[tuple[Any, str, Any]] = [
+        (module, name, value)
+        for module in _MODULES
+        for name, value in (("torch_item", _detached), ("warn_if_nan", _unread))
+        if hasattr(module, name)
+    ]
+    attributes.append((Dice, "compute_expectation", _compute_expectation))
+    attributes.append((torch.nn.functional, "one_hot", _one_hot(torch.nn.functional.one_hot)))
+    with replaced(attributes):
         yield
-    finally:
-        for owner, name, value in replaced:
-            setattr(owner, name, value)
 
 
 def _one_hot(of_torch: Callable[..., Tensor]) -> Callable[..., Tensor]:

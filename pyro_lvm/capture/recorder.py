@@ -12,8 +12,8 @@ for stand-ins of values which nobody asks for here, and it lets pass in silence 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_lvm.capture.operations import remove_unused, writes
+from pyro_lvm.capture.replaced import replaced
 
 __all__ = ["Unrecordable", "graph_of"]
 
@@ -165,12 +166,7 @@ class _Recorder(TorchDispatchMode):
 
     def _of_another_generator(self, result: Any) -> Any:
         """Draws that no graph repeats; a program may throw them away, such as where a parameter would start."""
-        for tensor in tree_leaves(result):
-            name = f"drawn_{len(self._drawn)}"
-            self._constants[name] = tensor
-            node = self._graph.get_attr(name)
-            self._drawn.add(node)
-            self._keep(tensor, node)
+        self._drawn.update(self._constant(tensor, fixed=False) for tensor in tree_leaves(result))
         return result
 
     def _keep(self, result: Any, node: fx.Node, fixed: bool = False) -> None:
@@ -187,12 +183,18 @@ class _Recorder(TorchDispatchMode):
                 self._keep(part, self._graph.call_function(operator.getitem, (node, number)), fixed)
 
     def _node(self, tensor: Tensor) -> fx.Node:
-        if tensor not in self._nodes:
-            name = f"constant_{len(self._constants)}"
-            self._constants[name] = tensor
-            self._outside.add(_memory(tensor))
-            self._keep(tensor, self._graph.get_attr(name), fixed=True)
-        node: fx.Node = self._nodes[tensor]
+        node: fx.Node | None = self._nodes.get(tensor)
+        if node is not None:
+            return node
+        self._outside.add(_memory(tensor))
+        return self._constant(tensor, fixed=True)
+
+    def _constant(self, tensor: Tensor, fixed: bool) -> fx.Node:
+        """A tensor that the graph holds: it itself, not a copy."""
+        name = f"constant_{len(self._constants)}"
+        self._constants[name] = tensor
+        node = self._graph.get_attr(name)
+        self._keep(tensor, node, fixed)
         return node
 
     def _is_fixed(self, tensor: Tensor) -> bool:
@@ -201,17 +203,11 @@ class _Recorder(TorchDispatchMode):
         return (node is None or node in self._fixed) and _memory(tensor) not in self._changing
 
 
-@contextmanager
-def _watched(recorder: _Recorder) -> Iterator[None]:
+def _watched(recorder: _Recorder) -> AbstractContextManager[None]:
     """Ask the recorder before values are taken from tensors by what is no operation.
 
     Torch's own way to see these calls, `TorchFunctionMode`, is not there in gradients and hooks.
     """
-    replaced: list[tuple[Any, str, Any]] = []
-
-    def replace(owner: Any, name: str, value: Any) -> None:
-        replaced.append((owner, name, vars(owner).get(name)))
-        setattr(owner, name, value)
 
     def reading(method: Any) -> Any:
         def read(self: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -231,20 +227,14 @@ def _watched(recorder: _Recorder) -> Iterator[None]:
     def refuse(self: Tensor, value: Tensor) -> None:
         raise Unrecordable(DATA)
 
-    try:
-        for name in READ_OUTS:
-            replace(Tensor, name, reading(getattr(Tensor, name)))
-        for owner, name in MAKERS:
-            replace(owner, name, making(getattr(owner, name)))
-        data: Any = Tensor.data
-        replace(Tensor, "data", property(data.__get__, refuse))
-        yield
-    finally:
-        for owner, name, value in replaced:
-            if value is None:
-                delattr(owner, name)  # it is inherited
-            else:
-                setattr(owner, name, value)
+    data: Any = Tensor.data
+    return replaced(
+        [
+            *((Tensor, name, reading(getattr(Tensor, name))) for name in READ_OUTS),
+            *((owner, name, making(getattr(owner, name))) for owner, name in MAKERS),
+            (Tensor, "data", property(data.__get__, refuse)),
+        ]
+    )
 
 
 def _deciding(operation: Any, tensors: list[Tensor]) -> list[Tensor]:
