@@ -17,8 +17,12 @@ from pyro_lvm.parameters import BoundProgram, Snapshot, isolated
 from pyro_lvm.preflight.tracing import traced
 from pyro_lvm.program import Program, as_program, floating_dtype
 from pyro_lvm.structure import Structure
+from pyro_lvm.walk import rows_at_a_time
 
 __all__ = ["Evaluation", "fresh_seed", "streams"]
+
+FEWEST_ROWS_TO_TRACE, MOST_ROWS_TO_TRACE = 4, 256
+"""A single row would look like a dimension that broadcasts, however large it is."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,9 @@ def batch_to_trace(program: Program, rows: Rows) -> int:
     they were a part. Given draws have values for all rows.
     """
     automatic = program.guide is None or isinstance(program.guide, AutoGuide | GivenDraws)
-    return min(len(rows), 256) if program.names("size") and not automatic else len(rows)
+    if not program.names("size") or automatic or rows.loader is not None:
+        return len(rows)
+    return min(len(rows), MOST_ROWS_TO_TRACE, max(FEWEST_ROWS_TO_TRACE, rows_at_a_time(rows)))
 
 
 def fresh_seed() -> int:

@@ -15,7 +15,7 @@ import pyro_lvm as lvm
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are those of Linux")
 
-COLUMNS, MARGIN = 256, 20 * 2**20
+COLUMNS, MARGIN = 256, 32 * 2**20  # a part takes 512 rows of 1 kB twenty to thirty times
 ROWS = 10 * MARGIN // (4 * COLUMNS)
 
 SCRIPT = """
@@ -26,7 +26,7 @@ from pyro_lvm import walk
 from pyro_lvm.inference import bound
 torch.set_num_threads(1)
 walk.BYTES_AT_A_TIME = 2**19  # no process is as small as this one: a pass of draws shrinks with it
-bound.MAX_PASSES = 10  # what three steps leave is far from its bound: a thousand passes would not know it
+bound.MAX_PASSES = 2  # what three steps leave is far from its bound: a thousand passes would not know it
 x = np.load(sys.argv[1], mmap_mode="r")
 margin = int(sys.argv[2])
 
@@ -55,13 +55,14 @@ digest = hashlib.sha256()
 for name in sorted(fit.params):
     digest.update(fit.params[name].numpy().tobytes())
 found["params"] = digest.hexdigest()
-found["evidence"] = lvm.log_evidence(fit, x, 2, seed=0).double().sum().item()
-draws = fit.posterior(x, num_draws=2, seed=0)
+found["evidence"] = lvm.log_evidence(fit, x, 1, seed=0).double().sum().item()
+draws = fit.posterior(x, num_draws=1, seed=0)
 found["draws"] = hashlib.sha256(draws["z"].numpy().tobytes()).hexdigest()
 found["log_p"] = draws.log_p.tolist()
 found["encoded"] = hashlib.sha256(fit.program.encode(x).mean.numpy().tobytes()).hexdigest()
-found["shared"] = shared.posterior(x, num_draws=2, seed=0).log_p.tolist()
-found["decomposed"] = lvm.decompose(fit, x, num_samples=2, seed=0)["reconstruction"]
+found["shared"] = shared.posterior(x, num_draws=1, seed=0).log_p.tolist()
+some = x[: len(x) // 4]  # the slowest: more than the limit will do
+found["decomposed"] = lvm.decompose(fit, some, num_samples=2, seed=0)["reconstruction"]
 if margin:
     everything = lambda: lvm.diagnose(fit, x, num_samples=25, num_rows=None)
     for refused in (lambda: fit.posterior(x, num_draws=100), everything, lambda: fit.program.reconstruct(x)):
@@ -100,7 +101,23 @@ def test_a_memmap_of_ten_times_the_limit_gives_what_memory_gives(tmp_path):
     assert limited["n"] == ROWS
     assert "draws of z" in refused[0]
     assert "rows to judge" in refused[1]
-    assert f"reconstruct() for {ROWS} rows would take 210 MB" in refused[2]
+    assert f"reconstruct() for {ROWS} rows would take {4 * COLUMNS * ROWS / 1e6:.0f} MB" in refused[2]
+
+
+@pytest.mark.parametrize("batch_size", [4, 25])
+def test_an_evaluation_takes_no_more_of_large_rows_than_a_part_or_a_step(monkeypatch, batch_size):
+    seen = {True: set(), False: set()}
+
+    class Watched(lvm.PPCA):
+        def model(self, x, size=None):
+            seen[torch.is_grad_enabled()].add(len(x))
+            super().model(x, size=size)
+
+    monkeypatch.setattr("pyro_lvm.walk.BYTES_AT_A_TIME", 10 * 8 * 6)  # ten rows
+    x = np.random.default_rng(0).normal(size=(200, 6))
+    lvm.fit(Watched(6, 1), x, epochs=1, batch_size=batch_size, validation=x[:60], check=False, capture=False, seed=0)
+    assert max(seen[True]) == batch_size
+    assert max(seen[False]) == max(10, batch_size)
 
 
 def test_a_start_sees_a_sample_of_what_is_too_large(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from pyro_lvm.data import Rows
 from pyro_lvm.elbo.estimator import Estimator, plain_estimator
 from pyro_lvm.parameters import BoundProgram, isolated
 from pyro_lvm.structure import Structure
+from pyro_lvm.walk import rows_at_a_time
 
 __all__ = ["MeanElbo", "mean_elbo", "validation_elbo"]
 
@@ -25,7 +26,7 @@ MAX_PASSES = 1000
 """Passes over the data after which it is reported with the error it has."""
 
 EVALUATION_BATCH = 1024
-"""Rows in one pass of an evaluation, at least: it keeps no gradients, so it may take more than a step does."""
+"""Rows in one part of an evaluation where they are small: it keeps no gradients, so it may take more than a step."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _chunk(bound: BoundProgram, structure: Structure, rows: Rows, batch_size: in
     per_row_guide = isinstance(bound.program.guide, AutoGuide) and bool(structure.local_latent)
     if per_row_guide and batch_size is None:
         return None
-    return max(batch_size or 0, EVALUATION_BATCH)
+    return max(batch_size or 0, min(EVALUATION_BATCH, rows_at_a_time(rows)))
 
 
 def _one_pass(estimator: Estimator, bound: BoundProgram, rows: Rows, chunk: int | None) -> list[float]:

@@ -197,7 +197,7 @@ def prepare(request: Request, untouched: Untouched, cast: list[str]) -> Prepared
         meet(module)
     if request.check:
         check_pair(bound, structure, estimator, first)
-        check_support(bound, structure, first, rows, request.batch_size or len(rows))
+        check_support(bound, structure, first, rows)
         check_rows(bound, structure, first, rows, request.batch_size)
     if request.held_out is not None:
         _refuse_rows_unknown(request.held_out, len(rows), bound, structure)
@@ -275,7 +275,7 @@ def _check_held_out(held_out: Rows, bound: BoundProgram, check: bool) -> None:
     try:
         structure = traced(bound.model, bound.guide, first)
         if check:
-            check_support(bound, structure, first, held_out, len(held_out))
+            check_support(bound, structure, first, held_out)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"validation does not fit the program: {error}") from error
 

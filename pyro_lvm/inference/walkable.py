@@ -84,7 +84,7 @@ def make_walkable(program: Program, rows: Rows, cast: list[str], untouched: Unto
         check_shapes(structure, batch)
         check_discrete(structure, make_estimator(None, structure))
         _check_weights(bound, structure, batch)
-        check_support(bound, structure, batch, rows, len(rows))
+        check_support(bound, structure, batch, rows)
         check_rows(bound, structure, batch, rows, None)
         density = make_density(bound, structure, batch, start)
         with pyro.validation_enabled(False):  # where a chain walks, values that are not finite are no error

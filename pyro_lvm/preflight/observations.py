@@ -14,6 +14,7 @@ from pyro_lvm.data import Batch, Rows
 from pyro_lvm.errors import ProgramError
 from pyro_lvm.parameters import BoundProgram
 from pyro_lvm.structure import Site, Structure, support_of_entry, trace_structure
+from pyro_lvm.walk import rows_at_a_time
 
 __all__ = ["check_observations", "check_support"]
 
@@ -59,7 +60,7 @@ def _is_number(value: Tensor) -> bool:
     return value.dim() == 0 and value.device.type == "cpu"  # torch lets these meet any device
 
 
-def check_support(bound: BoundProgram, structure: Structure, batch: Batch, rows: Rows, batch_size: int) -> None:
+def check_support(bound: BoundProgram, structure: Structure, batch: Batch, rows: Rows) -> None:
     """Raise where a row of the data lies outside the support of the site that observes it.
 
     Only supports that do not change from row to row are checked, on all rows (on the first batch of a loader), and
@@ -68,12 +69,13 @@ def check_support(bound: BoundProgram, structure: Structure, batch: Batch, rows:
     Raises:
         ProgramError: naming the site, how many values, one of them and its row, and an edit.
     """
+    chunk = rows_at_a_time(rows) if rows.loader is None and bound.program.names("size") else None
     for site, name in _observed_arguments(structure, batch):
         support = _shared_by_rows(site.fn.support)
         if support is None or getattr(site.base, "_validate_args", True) is False:
             continue
         start = 0
-        for part in [batch] if rows.loader is not None else rows.batches(max(batch_size, 1024)):
+        for part in [batch] if rows.loader is not None else rows.batches(chunk):
             value = part.tensors()[name]
             inside = torch.as_tensor(support.check(value))
             if rows.missing:
