@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import re
+
 import numpy as np
 import oracles
 import pyro
@@ -278,6 +281,33 @@ def test_an_interrupt_in_the_middle_of_an_epoch_or_of_the_last_evaluation():
     lvm.fit(last, rows(), steps=1, seed=0)
     last.at, calls[:] = 5, []
     assert lvm.fit(last, rows(), steps=1, seed=0).info["elbo_passes"] >= 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory:\nmany lines"), OSError("gone"), KeyboardInterrupt()])
+def test_an_evaluation_that_fails_costs_no_trained_parameters(tmp_path, error):
+    class Failing(Amortised):
+        def model(self, x, size=None):
+            if not torch.is_grad_enabled() and self.trained:
+                raise error
+            return super().model(x, size)
+
+    def note(end):
+        module.trained = True
+
+    module = Failing()
+    module.trained = False
+    other = copy.deepcopy(module)
+    told = re.escape((str(error).splitlines() or ["KeyboardInterrupt"])[0])
+    with pytest.warns(lvm.ProgramWarning, match=rf"is trained.*fit\.elbo is nan: {type(error).__name__}: {told}\. Ask"):
+        fit = lvm.fit(module, rows(), epochs=2, batch_size=20, seed=0, callbacks=[note])
+    assert np.isnan(fit.elbo)
+    assert np.isnan(fit.info["elbo_se"])
+    assert fit.info["elbo_passes"] == 0
+    assert params_equal(fit.params, lvm.fit(other, rows(), epochs=2, batch_size=20, seed=0).params)
+    module.trained = False
+    assert lvm.log_evidence(fit, rows(), 10, seed=0).isfinite().all()
+    fit.save(tmp_path / "fit")
+    assert np.isnan(lvm.load(tmp_path / "fit", program=module).elbo)
 
 
 def test_a_callback_that_raises_is_not_swallowed():

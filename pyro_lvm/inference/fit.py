@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import time
@@ -21,12 +22,13 @@ from torch.utils.data import DataLoader
 from pyro_lvm.capture.graph import choose_level
 from pyro_lvm.capture.hardware import require_autocast, require_cuda_graph
 from pyro_lvm.data import Rows, as_rows
+from pyro_lvm.declaration import first_line
 from pyro_lvm.elbo.estimator import Estimator
 from pyro_lvm.errors import ProgramWarning
 from pyro_lvm.evaluation import fresh_seed, streams
 from pyro_lvm.guides import GuideKind
 from pyro_lvm.inference.alternate import Alternate, alternation, require_alternate
-from pyro_lvm.inference.bound import mean_elbo
+from pyro_lvm.inference.bound import MeanElbo, mean_elbo
 from pyro_lvm.inference.checkpoint import Resume, checkpoints_of, require_same
 from pyro_lvm.inference.early_stopping import EarlyStopping
 from pyro_lvm.inference.epochs import Order
@@ -161,7 +163,8 @@ def fit(
 
     Warns:
         ProgramWarning: if the program may mean what it says, but seldom does (before any step); if a checkpoint was
-            written with other versions of libraries.
+            written with other versions of libraries; if the bound cannot be evaluated after the last step (memory is
+            too small, a file is gone): what was trained is returned all the same, with ``elbo`` NaN.
         RuntimeWarning: if a checkpoint cannot be written, or the last one is damaged and the one before it is used.
 
     Units: ``fit.elbo`` and the parts in ``fit.history`` are nats per datum; ``history["loss"]`` is nats of the whole
@@ -267,7 +270,16 @@ def fit(
             stopped = loop.run(watch, checkpoints)
         if turns is not None:
             turns.finish()
-        evaluated = mean_elbo(prepared.bound, prepared.structure, rows, batch_size, evaluation)
+        try:
+            evaluated = mean_elbo(prepared.bound, prepared.structure, rows, batch_size, evaluation)
+        except (Exception, KeyboardInterrupt) as error:  # what was trained for hours outlives the look at it
+            evaluated = MeanElbo(math.nan, math.nan, 0)
+            warnings.warn(
+                "the fit is trained, but its bound could not be evaluated on the data, and fit.elbo is nan: "
+                f"{type(error).__name__}: {first_line(error)}. Ask lvm.log_evidence(fit, rows) with fewer rows",
+                ProgramWarning,
+                stacklevel=2,
+            )
     if found is not None and loop.step.level != found["level"][0]:
         warnings.warn(
             f"the fit went on at level {loop.step.level!r} ({loop.step.reason}) from a checkpoint of level "

@@ -45,7 +45,7 @@ class Fit:
             validation, ``validation_elbo`` (nats per datum), and by site ``reconstruction`` and ``kl`` (nats per
             datum; ``elbo`` is the sum of the first minus the sum of the second).
         elbo: the plain evidence lower bound at the end, nats per datum of the whole data set, whatever was optimised;
-            its standard error is ``info["elbo_se"]``.
+            its standard error is ``info["elbo_se"]``; NaN, with a warning, where it could not be evaluated.
         info: how it was made: seed, versions, estimator and why, optimiser, n, steps, seconds, outcome. With the same
             data ``fit(program, data, **info["arguments"])`` makes the run again, once what ``info["objects"]`` names is
             handed over too.
