@@ -15,10 +15,13 @@ from pyro_lvm.elbo.estimator import Estimator
 from pyro_lvm.elbo.terms import Terms
 from pyro_lvm.parameters import BoundProgram
 
-__all__ = ["Column", "Step", "StepResult", "told"]
+__all__ = ["Column", "LookAtBound", "Step", "StepResult", "told"]
 
 Column = tuple[str, str]
-"""A number of every step: ("loss", ""), ("reconstruction", site), ("kl", site) or ("auxiliary_loss", "")."""
+"""A number of every step: ("loss", ""), ("reconstruction", site), ("kl", site) or ("auxiliary_loss", "").
+
+An evaluation has the one number ("elbo", "").
+"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,16 @@ class Step:
             auxiliary = None if self.auxiliary_loss is None else self.auxiliary_loss(*batch.args, **batch.named())
             loss, terms = self.estimator.step(self.bound, batch, self.parameters, auxiliary, self.size)
         return told(loss, terms, auxiliary)
+
+
+@dataclass(frozen=True)
+class LookAtBound(Step):
+    """An evaluation as Pyro makes it: the plain bound on a batch, nats of the whole data set, and no gradients."""
+
+    def __call__(self, batch: Batch) -> StepResult:
+        """Evaluate on ``batch``; the number keeps the dtype that it was summed in."""
+        elbo = self.estimator.evaluate_terms(self.bound, batch).elbo
+        return StepResult((("elbo", ""),), elbo.reshape(1))
 
 
 def told(loss: Tensor, terms: Terms, auxiliary: Tensor | None) -> StepResult:

@@ -191,6 +191,14 @@ class Estimator:
 
     def evaluate(self, bound: BoundProgram, batch: Batch) -> tuple[Tensor, Terms]:
         """The loss (nats of the whole data set) and the plain bound's parts on ``batch``; gradients are left alone."""
+        loss, terms = self._evaluated(bound, batch)
+        return _as_tensor(loss, terms), terms
+
+    def evaluate_terms(self, bound: BoundProgram, batch: Batch) -> Terms:
+        """The plain bound's parts alone: Pyro's loss may be a number, which no graph can hold."""
+        return self._evaluated(bound, batch)[1]
+
+    def _evaluated(self, bound: BoundProgram, batch: Batch) -> tuple[Tensor | float, Terms]:
         self._traces.clear()
         if isinstance(self.elbo, Objective):
             found = self.elbo.estimate(bound.model, bound.guide, batch.args, batch.named())
@@ -203,7 +211,7 @@ class Estimator:
             loss = evaluate(model, guide, *batch.args, **batch.named())
         terms = read_terms(self.elbo, self._traces, loss if enumerated else None)
         self._traces.clear()
-        return _as_tensor(loss, terms), terms.map(Tensor.detach)
+        return loss, terms.map(Tensor.detach)
 
     def evaluate_rows(self, bound: BoundProgram, batch: Batch, plate: str) -> Tensor:
         """What each row adds to the plain bound, nats, shape (rows,); what lies outside ``plate`` adds to none.
