@@ -36,6 +36,14 @@ def the_process_stays_as_it_is() -> Iterator[None]:
 
 
 @pytest.fixture
+def few_passes() -> Iterator[None]:
+    """For tests of how a fit comes about: to know to 0.01 nats what a few steps reach takes a thousand passes."""
+    with pytest.MonkeyPatch.context() as patch:  # a test may undo its own
+        patch.setattr("pyro_lvm.inference.bound.MAX_PASSES", 10)
+        yield
+
+
+@pytest.fixture
 def global_generators_stay() -> Iterator[None]:
     """For code that has generators of its own: torch's and numpy's global ones end where they began."""
 

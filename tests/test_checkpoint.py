@@ -25,6 +25,8 @@ from pyro_lvm.errors import StorageError
 from pyro_lvm.inference.checkpoint import Checkpoints
 from pyro_lvm.storage.files import read_tree, write_tree
 
+pytestmark = pytest.mark.usefixtures("few_passes")
+
 REPOSITORY = Path(__file__).parent.parent
 
 

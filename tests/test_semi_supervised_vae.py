@@ -18,6 +18,8 @@ import pyro_lvm as lvm
 from pyro_lvm.models.classifier_smoothness import BALANCE, CERTAINTY, RADIUS, classifier_smoothness
 from pyro_lvm.networks import BatchNorm
 
+pytestmark = pytest.mark.usefixtures("few_passes")
+
 
 def tiny(
     kind: type[lvm.SemiSupervisedVAE] = lvm.SemiSupervisedVAE, *, latent_dim: int = 1, **options: object

@@ -15,6 +15,8 @@ import pyro_lvm as lvm
 from pyro_lvm.data import Rows
 from pyro_lvm.walk import Joined
 
+pytestmark = pytest.mark.usefixtures("few_passes")
+
 N, D = 23, 4
 
 
