@@ -32,7 +32,6 @@ MAX_PASSES = 1000
 EVALUATION_BATCH = 1024
 """Rows in one part of an evaluation where they are small: it keeps no gradients, so it may take more than a step."""
 
-
 EVALUATIONS_THAT_REPAY_A_GRAPH = 100
 """Batches of one size, evaluated through Pyro before the rest are captured: about what a capture costs."""
 
