@@ -64,12 +64,12 @@ def many_passes(monkeypatch):
     monkeypatch.setattr(bound, "EVALUATIONS_THAT_REPAY_A_GRAPH", 3)
 
 
-def bounds(program, x, **options):
-    """elbo, its error, and passes, without and with a graph, at parameters that one step has moved."""
+def bounds(program, x):
+    """The bound and its error, without and with a graph, at parameters that one step has moved."""
     found = []
     for capture in (False, "auto"):
         torch.manual_seed(0)
-        fit = lvm.fit(program(), x, steps=1, seed=0, capture=capture, **options)
+        fit = lvm.fit(program(), x, steps=1, seed=0, capture=capture)
         assert fit.info["elbo_passes"] == PASSES
         found.append((fit.elbo, fit.info["elbo_se"]))
     return found

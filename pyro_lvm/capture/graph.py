@@ -30,7 +30,7 @@ from pyro_lvm.data import Batch
 from pyro_lvm.declaration import first_line, what_and_where
 from pyro_lvm.parameters import isolated
 
-__all__ = ["REFUSED", "CapturedStep", "Level", "choose_level"]
+__all__ = ["CapturedStep", "Level", "choose_level"]
 
 Level = Literal["eager", "graph", "compiled", "cuda_graph"]
 
@@ -45,9 +45,6 @@ OPERATIONS_THAT_COMPILE_SOON = 1_500
 
 ASKED = "capture="
 """How the reason for a level begins that was asked for."""
-
-REFUSED = "not captured: "
-"""How the reason for a level begins where capture was tried in vain."""
 
 A_STEP_AWAY = 1 + 2**-10
 """What parameters are multiplied by for a comparison elsewhere than where they were captured."""
@@ -149,7 +146,7 @@ class CapturedStep:
             self._state = None
 
     def _refuse(self, why: str) -> None:
-        self.level, self.reason = "eager", f"{REFUSED}{why}"
+        self.level, self.reason = "eager", f"not captured: {why}"
         self._forget()
         _log.info("%s: %s", self.step.bound.program.name, self.reason)
 

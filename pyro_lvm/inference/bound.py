@@ -11,7 +11,7 @@ import numpy as np
 from pyro.infer.autoguide import AutoGuide
 
 from pyro_lvm.capture.graph import CapturedStep
-from pyro_lvm.capture.step import LookAtBound
+from pyro_lvm.capture.step import LookAtBound, StepResult
 from pyro_lvm.data import Batch, Rows
 from pyro_lvm.elbo.estimator import plain_estimator
 from pyro_lvm.parameters import BoundProgram, isolated
@@ -52,15 +52,15 @@ def mean_elbo(
 
     Where that takes many passes they are captured, if ``capture`` allows; the numbers are the same.
     """
-    evaluate = _Evaluations(bound, structure, len(rows), capture)
+    look = _Evaluations(bound, structure, len(rows), capture)
     chunk = _chunk(bound, structure, rows, batch_size)
     listed = {site.name for site in (*structure.enumerated_in_model, *structure.enumerated_in_guide)}
     drawn = any(site.name not in listed for site in structure.latent)
     with isolated(seed, validate=False), bound.holding(None):
-        passes = [_one_pass(evaluate, rows, chunk)]
+        passes = [_one_pass(look, rows, chunk)]
         try:
             while drawn and len(passes) < MAX_PASSES and not _known(passes):
-                passes.append(_one_pass(evaluate, rows, chunk))
+                passes.append(_one_pass(look, rows, chunk))
         except KeyboardInterrupt:
             pass  # who cannot wait gets the mean of what there is, with its standard error
     mean = sum(sum(parts) for parts in passes) / len(passes)
@@ -75,8 +75,8 @@ def _known(passes: list[list[float]]) -> bool:
 def validation_elbo(bound: BoundProgram, structure: Structure, rows: Rows, seed: int) -> float:
     """The plain bound on held-out rows, nats per datum, with the same noise every time it is asked for."""
     with isolated(seed, validate=False), bound.holding(None):
-        evaluate = _Evaluations(bound, structure, len(rows), capture=False)  # once in an epoch
-        return sum(_one_pass(evaluate, rows, _chunk(bound, structure, rows, None)))
+        look = LookAtBound(bound, plain_estimator(structure), None, [], len(rows))
+        return sum(_one_pass(look, rows, _chunk(bound, structure, rows, None)))
 
 
 def _chunk(bound: BoundProgram, structure: Structure, rows: Rows, batch_size: int | None) -> int | None:
@@ -97,17 +97,17 @@ class _Evaluations:
         self.captured = CapturedStep(self.through_pyro, "graph" if capture else "eager", "")
         self.seen: Counter[int] = Counter()
 
-    def __call__(self, batch: Batch) -> float:
+    def __call__(self, batch: Batch) -> StepResult:
         self.seen[len(batch)] += 1
         many = self.seen[len(batch)] > EVALUATIONS_THAT_REPAY_A_GRAPH
-        return float((self.captured if many else self.through_pyro)(batch).values.double())
+        return (self.captured if many else self.through_pyro)(batch)
 
 
-def _one_pass(evaluate: Callable[[Batch], float], rows: Rows, chunk: int | None) -> list[float]:
+def _one_pass(look: Callable[[Batch], StepResult], rows: Rows, chunk: int | None) -> list[float]:
     """What each chunk of rows contributes to the mean; their noise is independent."""
     parts, seen = [], 0
     for batch in rows.batches(chunk):
-        parts.append(evaluate(batch) / len(rows) * len(batch))
+        parts.append(look(batch).values.double().item() / len(rows) * len(batch))
         seen += len(batch)  # a loader may leave rows out
     parts = [part / seen for part in parts]
     # a loader may shuffle: its chunks are not the same rows in every pass

@@ -12,7 +12,7 @@ import torch
 
 from pyro_lvm.data import Rows, as_rows
 from pyro_lvm.errors import NonFiniteError, ProgramError
-from pyro_lvm.evaluation import fresh_seed
+from pyro_lvm.evaluation import batch_to_trace, fresh_seed
 from pyro_lvm.inference.iterations import check_iterations, surroundings
 from pyro_lvm.inference.prepare import placed, resolve
 from pyro_lvm.inference.record import Fit
@@ -178,8 +178,8 @@ def coordinate_ascent(
 
 def _see_that_data_fit(program: Program, rows: Rows) -> None:
     """Run the model once on a few rows: it knows best what it refuses."""
-    first = rows.first(min(len(rows), 256) if program.names("size") else len(rows))
     alone = program.with_guide(lambda *args, **kwargs: None)
+    first = rows.first(batch_to_trace(alone, rows))
     alone.require_arguments(*first.data())
     traced(BoundProgram(alone, None, rows.dtype, rows.device).model, None, first)
 
@@ -255,5 +255,5 @@ def _bind(program: Program, guide: Any, rows: Rows) -> tuple[BoundProgram, Struc
     for module in paired.modules.values():
         module.to(device=rows.device, dtype=rows.dtype)
     bound = BoundProgram(paired, None, rows.dtype, rows.device)
-    first = rows.first(min(len(rows), 256) if program.names("size") else len(rows))
+    first = rows.first(batch_to_trace(paired, rows))
     return bound, traced(bound.model, bound.guide, first)

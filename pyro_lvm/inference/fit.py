@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from pyro_lvm.capture.graph import REFUSED, choose_level
+from pyro_lvm.capture.graph import choose_level
 from pyro_lvm.capture.hardware import require_autocast, require_cuda_graph
 from pyro_lvm.data import Rows, as_rows
 from pyro_lvm.declaration import first_line
@@ -271,7 +271,8 @@ def fit(
         if turns is not None:
             turns.finish()
         try:
-            captured = capture is not False and not loop.step.reason.startswith(REFUSED)
+            refused = level[0] != "eager" and loop.step.level == "eager"
+            captured = capture is not False and not refused
             evaluated = mean_elbo(prepared.bound, prepared.structure, rows, batch_size, evaluation, capture=captured)
         except (Exception, KeyboardInterrupt) as error:  # what was trained for hours outlives the look at it
             evaluated = MeanElbo(math.nan, math.nan, 0)
